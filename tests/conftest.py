@@ -4,9 +4,21 @@ import os
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # Tests compile far more than they compute.
+    " --xla_llvm_disable_expensive_passes=true"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from collections.abc import Iterator  # noqa: E402
+
+import chex  # noqa: E402
 import jax  # noqa: E402 - the flags above are read when jax is first imported
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trace_counts() -> Iterator[None]:
+    chex.clear_trace_counter()
+    yield

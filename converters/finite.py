@@ -1,0 +1,48 @@
+"""Counting values that are not numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_CHUNK = 1 << 18
+# Sign off, exponent all ones: infinity or NaN, in formats that have infinities.
+_EXPONENT = {
+    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "float32": (np.uint32, 0x7F80_0000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+}
+
+
+def non_finite(array: Any) -> int:
+    """Counts the NaN and infinite elements of an array, chunk by chunk.
+
+    Args:
+      array: a NumPy or JAX array of any shape; bfloat16 and the float8 types included.
+
+    Returns:
+      How many elements are NaN or infinite; 0 for integers and booleans. A complex element counts
+      once.
+
+    Example:
+      >>> non_finite(np.array([1.0, np.nan, -np.inf]))
+      2
+    """
+    values = np.asarray(array)
+    if values.dtype.kind in "biu" or values.size == 0:
+        return 0
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    flat = values.reshape(-1)
+    chunks = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+    if flat.dtype.name in _EXPONENT:
+        unsigned, pattern = _EXPONENT[flat.dtype.name]
+        mask = unsigned(pattern)
+        return sum(int(np.count_nonzero((chunk.view(unsigned) & mask) == mask)) for chunk in chunks)
+    if flat.dtype.itemsize == 1:
+        codes = np.arange(256, dtype=np.uint8).view(flat.dtype).astype(np.float32)
+        table = ~np.isfinite(codes)
+        return sum(int(np.count_nonzero(table[chunk.view(np.uint8)])) for chunk in chunks)
+    return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)

@@ -1,0 +1,144 @@
+"""The leaf interface: a method is written once, for one tensor, and runs in memory, in streams and in populations.
+
+A `LeafMethod` is an elementwise `apply` and, before it, an ordered tuple of measures: what must be known of the whole
+tensor (or the whole model) first. A measure is additive statistics (`Sums`) or an order statistic (`Select`), so that it can
+be taken over chunks of a tensor, over tensors of a model, and over shards of an array.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge.methods import draws
+from jaxmerge.methods.hyperparameters import Hyperparameter
+from jaxmerge.methods.selection import Selection, keep
+
+MeasureScope = Literal["tensor", "model"]
+Base = Literal["required", "optional", "source", "unused"]
+Values = Mapping[str, Any]
+Found = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunk:
+    """One tensor of every model, or a run of its elements, in the checkpoint's element order.
+
+    Attributes:
+      models: the sources' arrays, equal shapes, storage dtypes.
+      base: the base's array, or None.
+      seed: uint32 [pairs of models, 2], the draws' seeds for this tensor, or None without a key.
+      offset: uint32 [], flat index of the first element in the whole tensor.
+      size: static number of elements of the whole tensor.
+    """
+
+    models: tuple[jax.Array, ...]
+    base: jax.Array | None
+    seed: jax.Array | None
+    offset: jax.Array
+    size: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.models[0].shape
+
+    def sources(self) -> list[jax.Array]:
+        """The models in the arithmetic's dtype: float32, or float64 where a source has it."""
+        return [widen(model) for model in self.models]
+
+    def deltas(self) -> list[jax.Array]:
+        """The task vectors, model - base, in the arithmetic's dtype."""
+        return [widen(model) - widen(self._base()) for model in self.models]
+
+    def with_base(self, delta: jax.Array) -> jax.Array:
+        """base + delta."""
+        return widen(self._base()) + delta
+
+    def uniform(self) -> list[jax.Array]:
+        """One uniform draw per model and element; see `draws.uniform`."""
+        if self.seed is None:
+            raise ValueError("a random method needs a key")
+        return draws.uniform(self.seed, len(self.models), self.shape, self.offset)
+
+    def keep(self, values: jax.Array, selection: Selection) -> jax.Array:
+        """Which of this chunk's values the selection over the whole tensor keeps."""
+        return keep(values, selection, draws.flat_index(self.shape) + self.offset)
+
+    def _base(self) -> jax.Array:
+        if self.base is None:
+            raise ValueError("a task vector needs a base")
+        return self.base
+
+
+class Sums(NamedTuple):
+    """Additive statistics, then a small computation on them.
+
+    Attributes:
+      name: the key of the result in `found`.
+      statistics: (chunk, values, found) -> pytree of sums; adding the pytrees of two chunks gives that of both.
+      finish: (sums, values, found) -> what `apply` uses.
+      needs_values: False where neither function reads hyperparameters or draws: a sweep then measures once.
+      scope: over one tensor or over all tensors of the model.
+    """
+
+    name: str
+    statistics: Callable[[Chunk, Values, Found], Any]
+    finish: Callable[[Any, Values, Found], Any]
+    needs_values: bool = True
+    scope: MeasureScope = "tensor"
+
+
+class Select(NamedTuple):
+    """Order statistics: for each model the counts[j] largest of its nonnegative values, ties to the lower index.
+
+    Attributes:
+      name: the key of the result in `found`.
+      values: (chunk) -> one array of nonnegative values per model, elementwise and free of hyperparameters.
+      counts: (values, size) -> per model, a tuple of uint32 [] counts.
+      scope: over one tensor, or over all tensors of the model (ties to the name that sorts first).
+
+    The result is, per model, a tuple of `Selection`, one per count.
+    """
+
+    name: str
+    values: Callable[[Chunk], list[jax.Array]]
+    counts: Callable[[Values, int], list[tuple[jax.Array, ...]]]
+    scope: MeasureScope = "tensor"
+
+
+Measure = Sums | Select
+
+
+@dataclass(frozen=True, eq=False)
+class LeafMethod:
+    """One merge method for one tensor.
+
+    Attributes:
+      name: the registered name.
+      apply: (chunk, values, found) -> the merged chunk in the arithmetic's dtype. Elementwise in the chunk.
+      hyperparams: what `values` holds.
+      measures: what `found` holds, in the order in which it is taken; a later measure sees the earlier ones.
+      base: "required" for task vectors, "optional" where they are used if there is one, "source" where a base is simply
+        the first model, "unused" where it is accepted and ignored.
+      models: how few and how many models it takes (a base counts only as a "source"; None for no limit).
+      random: whether it draws (a key is then required).
+    """
+
+    name: str
+    apply: Callable[[Chunk, Values, Found], jax.Array]
+    hyperparams: Mapping[str, Any]
+    measures: tuple[Measure, ...] = ()
+    base: Base = "required"
+    models: tuple[int, int | None] = (1, None)
+    random: bool = False
+
+
+def widen(array: jax.Array) -> jax.Array:
+    """Casts to float32, or keeps float64."""
+    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
+
+
+__all__ = ["Chunk", "Found", "Hyperparameter", "LeafMethod", "Measure", "Select", "Sums", "Values", "widen"]

@@ -1,0 +1,380 @@
+"""Takes a leaf method's measures over batches of tensors: directly, or by look-up in what `prepare` kept."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.methods.leaf import Chunk, LeafMethod, Select, Sums
+from jaxmerge.methods.selection import Selection, key_bits, order, select, select_over
+
+Prepared = dict[str, Any]
+BatchValues = tuple[Mapping[str, Any], bool]  # the values, and whether they have a leading axis
+
+
+class Batch(Protocol):
+    """What is read of `engine.Batch`."""
+
+    @property
+    def models(self) -> tuple[jax.Array, ...]: ...
+    @property
+    def base(self) -> jax.Array | None: ...
+    @property
+    def stacked(self) -> bool: ...
+    @property
+    def tensor_names(self) -> list[str]: ...
+    @property
+    def tensor_size(self) -> int: ...
+
+
+def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
+    """Does what no hyperparameter touches: sums that need no values, and the sorting orders.
+
+    An order costs one argsort and 4 bytes per element and model; a candidate then looks its thresholds up.
+    """
+    prepared: tuple[Prepared, ...] = tuple({} for _ in batches)
+    for one in leaf.measures:
+        if isinstance(one, Sums):
+            if one.needs_values:
+                continue
+            chunks = [_plain_chunk(batch) for batch in batches]
+            nothing: list[BatchValues] = [({}, False)] * len(batches)
+            results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
+        elif one.scope == "tensor":
+            results = [_tensor_order(one, batch) for batch in batches]
+        else:
+            results = [_model_order(one, batches)] * len(batches)
+        for kept, result in zip(prepared, results, strict=True):
+            kept[one.name] = result
+    return prepared
+
+
+def measure(
+    leaf: LeafMethod,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+    prepared: Sequence[Prepared] | None,
+) -> list[dict[str, Any]]:
+    """Takes all measures in order.
+
+    Returns:
+      Per batch, results by measure name; with a leading axis over the batch's tensors where the batch is stacked.
+    """
+    found: list[dict[str, Any]] = [{} for _ in batches]
+    for one in leaf.measures:
+        results: Sequence[Any]
+        if isinstance(one, Sums):
+            if prepared is not None and not one.needs_values:
+                results = [kept[one.name] for kept in prepared]
+            else:
+                results = _sums(one, batches, chunks, values, found)
+        elif prepared is not None:
+            orders = [kept[one.name] for kept in prepared]
+            look_up = _look_up_tensor if one.scope == "tensor" else _look_up_model
+            results = look_up(one, batches, chunks, values, orders)
+        elif one.scope == "tensor":
+            results = [
+                _select_tensor(one, *item) for item in zip(batches, chunks, values, strict=True)
+            ]
+        else:
+            results = _select_model(one, batches, chunks, values)
+        for seen, result in zip(found, results, strict=True):
+            seen[one.name] = result
+    return found
+
+
+# Sums ---------------------------------------------------------------------------------------------------------------
+
+
+def _sums(
+    one: Sums,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+    found: Sequence[Mapping[str, Any]],
+) -> list[Any]:
+    statistics = [
+        _statistics(one, batch.stacked, per_tensor, chunk, given, seen)
+        for batch, chunk, (given, per_tensor), seen in zip(
+            batches, chunks, values, found, strict=True
+        )
+    ]
+    if one.scope == "tensor":
+        return [
+            _finish(one, batch.stacked, per_tensor, sums, given, seen)
+            for batch, sums, (given, per_tensor), seen in zip(
+                batches, statistics, values, found, strict=True
+            )
+        ]
+    summed = [
+        jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if batch.stacked else sums
+        for batch, sums in zip(batches, statistics, strict=True)
+    ]
+    total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), summed)
+    results = []
+    for batch, (given, per_tensor), seen in zip(batches, values, found, strict=True):
+        whole = _spread(total, len(batch.tensor_names)) if batch.stacked else total
+        results.append(_finish(one, batch.stacked, per_tensor, whole, given, seen))
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _statistics(
+    one: Sums, stacked: bool, per_tensor: bool, chunk: Chunk, values: Any, found: Any
+) -> Any:
+    if not stacked:
+        return one.statistics(chunk, values, found)
+    return jax.vmap(one.statistics, in_axes=(0, 0 if per_tensor else None, 0))(chunk, values, found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _finish(
+    one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, found: Any
+) -> Any:
+    if not stacked:
+        return one.finish(sums, values, found)
+    return jax.vmap(one.finish, in_axes=(0, 0 if per_tensor else None, 0))(sums, values, found)
+
+
+# Order statistics, directly -----------------------------------------------------------------------------------------
+
+
+def _select_tensor(one: Select, batch: Batch, chunk: Chunk, values: BatchValues) -> Any:
+    magnitudes = _magnitudes(one, batch.stacked, chunk)
+    counts = _counts(one, batch, values)
+    if not batch.stacked:
+        return [
+            tuple(select(size, k) for k in ks) for size, ks in zip(magnitudes, counts, strict=True)
+        ]
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((magnitudes, counts))):
+        return [
+            tuple(jax.vmap(select)(size, k) for k in ks)
+            for size, ks in zip(magnitudes, counts, strict=True)
+        ]
+    tensors = range(len(batch.tensor_names))
+    return [
+        tuple(
+            jax.tree.map(lambda *x: jnp.stack(x), *[select(size[t], k[t]) for t in tensors])
+            for k in ks
+        )
+        for size, ks in zip(magnitudes, counts, strict=True)
+    ]
+
+
+def _select_model(
+    one: Select,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+) -> list[Any]:
+    """Selections over the whole model: ties go to the tensor whose name sorts first, then to the lower index."""
+    magnitudes = [
+        _magnitudes(one, batch.stacked, chunk) for batch, chunk in zip(batches, chunks, strict=True)
+    ]
+    places = _places(batches)
+    counts = _model_counts(one, batches, values)
+    result: list[list[Any]] = [[] for _ in batches]
+    for i, ks in enumerate(counts):
+        sizes = [magnitudes[b][i] if t is None else magnitudes[b][i][t] for b, t in places]
+        selections = [select_over(sizes, k) for k in ks]
+        for b, batch in enumerate(batches):
+            mine = [
+                [chosen[p] for p, (owner, _) in enumerate(places) if owner == b]
+                for chosen in selections
+            ]
+            position = sorted(
+                range(len(batch.tensor_names)), key=lambda t: batch.tensor_names[t]
+            )
+            result[b].append(
+                tuple(_in_batch_order(chosen, position, batch.stacked) for chosen in mine)
+            )
+    return result
+
+
+def _in_batch_order(chosen: list[Selection], position: list[int], stacked: bool) -> Selection:
+    if not stacked:
+        return chosen[0]
+    back = sorted(range(len(position)), key=position.__getitem__)
+    return jax.tree.map(lambda *x: jnp.stack(x), *[chosen[p] for p in back])
+
+
+def _places(batches: Sequence[Batch]) -> list[tuple[int, int | None]]:
+    """All tensors as (batch, index in the batch) in the order of their names."""
+    places = [
+        (name, b, t if batch.stacked else None)
+        for b, batch in enumerate(batches)
+        for t, name in enumerate(batch.tensor_names)
+    ]
+    return [(b, t) for _, b, t in sorted(places, key=lambda place: place[0])]
+
+
+# Order statistics, by look-up ---------------------------------------------------------------------------------------
+
+
+def _tensor_order(one: Select, batch: Batch) -> list[jax.Array]:
+    magnitudes = _magnitudes(one, batch.stacked, _plain_chunk(batch))
+    if not batch.stacked:
+        return [order(size) for size in magnitudes]
+    if any(isinstance(size, jax.core.Tracer) for size in magnitudes):
+        return [jax.vmap(order)(size) for size in magnitudes]
+    return [jnp.stack([order(one_size) for one_size in size]) for size in magnitudes]
+
+
+def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
+    """Per model, the order of all its values; tensors one after the other in the order of their names."""
+    magnitudes = [_magnitudes(one, batch.stacked, _plain_chunk(batch)) for batch in batches]
+    places = _places(batches)
+    orders = []
+    for i in range(len(batches[0].models)):
+        sizes = [magnitudes[b][i] if t is None else magnitudes[b][i][t] for b, t in places]
+        orders.append(order(jnp.concatenate([size.ravel() for size in sizes])))
+    return orders
+
+
+def _look_up_tensor(
+    one: Select,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+    orders: Sequence[list[jax.Array]],
+) -> list[Any]:
+    return [
+        _look_up(one, batch.stacked, chunk, _counts(one, batch, given), kept)
+        for batch, chunk, given, kept in zip(batches, chunks, values, orders, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _look_up(one: Select, stacked: bool, chunk: Chunk, counts: Any, orders: Any) -> Any:
+    def single(chunk: Chunk, counts: Any, orders: Any) -> Any:
+        return [
+            tuple(_at_rank(one, chunk, i, ranked, k) for k in ks)
+            for i, (ranked, ks) in enumerate(zip(orders, counts, strict=True))
+        ]
+
+    return (jax.vmap(single) if stacked else single)(chunk, counts, orders)
+
+
+def _at_rank(one: Select, chunk: Chunk, model: int, ranked: jax.Array, k: jax.Array) -> Selection:
+    place = ranked[jnp.clip(k.astype(jnp.int32) - 1, 0, chunk.size - 1)].astype(jnp.int32)
+    threshold = key_bits(one.values(_element(chunk, place))[model])
+    return Selection(
+        jnp.where(k > 0, threshold, _NOTHING), jnp.where(k > 0, place, jnp.int32(-1))
+    )
+
+
+def _look_up_model(
+    one: Select,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+    orders: Sequence[list[jax.Array]],
+) -> list[Any]:
+    starts = _starts(batches)
+    counts = _model_counts(one, batches, values)
+    result: list[list[Any]] = [[] for _ in batches]
+    for i, (ks, ranked) in enumerate(zip(counts, orders[0], strict=True)):
+        chosen: list[list[Any]] = [[] for _ in batches]
+        for k in ks:
+            last = ranked[jnp.maximum(k, 1).astype(jnp.uint32) - 1].astype(jnp.uint32)
+            keys = [
+                _key_at(one, batch.stacked, i, chunk, last, start)
+                for batch, chunk, start in zip(batches, chunks, starts, strict=True)
+            ]
+            threshold = jnp.where(k > 0, functools.reduce(jnp.maximum, keys), _NOTHING)
+            for b, (batch, start) in enumerate(zip(batches, starts, strict=True)):
+                # Tensors before the last kept entry keep all their ties, tensors after it none.
+                begin = jnp.asarray(start)
+                inside = (last - jnp.minimum(begin, last)).astype(jnp.uint32)
+                cut = jnp.minimum(inside, np.uint32(batch.tensor_size - 1)).astype(jnp.int32)
+                cut = jnp.where((last >= begin) & (k > 0), cut, -1)
+                level = jnp.broadcast_to(threshold, cut.shape)
+                selection = Selection(level, cut)
+                if not batch.stacked:
+                    selection = jax.tree.map(lambda x: x[0], selection)
+                chosen[b].append(selection)
+        for b in range(len(batches)):
+            result[b].append(tuple(chosen[b]))
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _key_at(
+    one: Select, stacked: bool, model: int, chunk: Chunk, last: jax.Array, start: np.ndarray
+) -> jax.Array:
+    """The key of the entry at the model-wide place `last` where it lies in this batch, else 0."""
+
+    def single(chunk: Chunk, start: jax.Array) -> jax.Array:
+        inside = (last >= start) & (last - start < np.uint32(chunk.size))
+        place = jnp.where(inside, last - start, 0).astype(jnp.int32)
+        return jnp.where(inside, key_bits(one.values(_element(chunk, place))[model]), 0)
+
+    if not stacked:
+        return single(chunk, jnp.asarray(start[0]))
+    return jnp.max(jax.vmap(single)(chunk, jnp.asarray(start)))
+
+
+def _starts(batches: Sequence[Batch]) -> list[np.ndarray]:
+    """Per batch, where each of its tensors begins in the concatenation by name, uint32 [tensors]."""
+    starts = [np.zeros(len(batch.tensor_names), np.uint32) for batch in batches]
+    position = 0
+    for b, t in _places(batches):
+        starts[b][t or 0] = position
+        position += batches[b].tensor_size
+    return starts
+
+
+# What both use ------------------------------------------------------------------------------------------------------
+
+# A key above every other: nothing is kept by value.
+_NOTHING = np.uint32(2**32 - 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _magnitudes(one: Select, stacked: bool, chunk: Chunk) -> list[jax.Array]:
+    return jax.vmap(one.values)(chunk) if stacked else one.values(chunk)
+
+
+def _counts(one: Select, batch: Batch, values: BatchValues) -> Any:
+    """Per model a tuple of counts, with a leading axis where the batch is stacked."""
+    given, per_tensor = values
+    if per_tensor:
+        return jax.vmap(lambda v: one.counts(v, batch.tensor_size))(given)
+    counts = one.counts(given, batch.tensor_size)
+    return _spread(counts, len(batch.tensor_names)) if batch.stacked else counts
+
+
+def _model_counts(
+    one: Select, batches: Sequence[Batch], values: Sequence[BatchValues]
+) -> list[tuple[jax.Array, ...]]:
+    given, per_tensor = values[0]
+    total = sum(batch.tensor_size * len(batch.tensor_names) for batch in batches)
+    if any(each for _, each in values):
+        given = jax.tree.map(lambda x: x[0], given) if per_tensor else given
+    return one.counts(given, total)
+
+
+def _spread(tree: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (length, *jnp.shape(x))), tree)
+
+
+def _plain_chunk(batch: Batch) -> Chunk:
+    offset = jnp.zeros(len(batch.tensor_names) if batch.stacked else (), jnp.uint32)
+    return Chunk(batch.models, batch.base, None, offset, batch.tensor_size)
+
+
+def _element(chunk: Chunk, place: jax.Array) -> Chunk:
+    """A chunk of the single element at a flat index."""
+    pick = functools.partial(_pick, place)
+    base = None if chunk.base is None else pick(chunk.base)
+    return Chunk(tuple(map(pick, chunk.models)), base, None, place.astype(jnp.uint32), chunk.size)
+
+
+def _pick(place: jax.Array, array: jax.Array) -> jax.Array:
+    return array[jnp.unravel_index(place, array.shape)] if array.ndim else array
+
+

@@ -1,0 +1,213 @@
+"""Exact trimming: keep the k entries of largest value, without sorting.
+
+Exactly k entries are kept, however many are equal: at the smallest kept value, those of lower flat
+index. The number k may be traced. The result is a `Selection`, two scalars that `keep` turns into
+a mask; the routes below give the same one:
+
+- `select`, `select_over`: the front doors, for one tensor and for all tensors of a model together.
+- `select_compiled`: one compiled kernel, for use inside `jit` and `vmap` and on accelerators.
+- `order` and `look_up`, `look_up_over`: sort once, then any number of counts at no cost.
+- `histogram`, `refine`, `share`, `cut_position`: over a stream of chunks.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxmerge.methods.counting import count
+from jaxmerge.methods.selection_host import is_on_host, select_on_host
+from jaxmerge.methods.selection_kernel import Route, by_platform, kth_largest, nth_equal
+from jaxmerge.methods.selection_keys import (
+    Selection,
+    checked_size,
+    checked_total,
+    clipped_count,
+    common_dtype,
+    keep,
+    key_bits,
+    key_format,
+    keys_as,
+    narrowed,
+    nothing,
+)
+from jaxmerge.methods.selection_order import look_up, look_up_over, order
+from jaxmerge.methods.selection_stream import (
+    Refinement,
+    cut_position,
+    equal_count,
+    histogram,
+    levels,
+    refine,
+    share,
+)
+
+__all__ = [
+    "Refinement",
+    "Selection",
+    "count",
+    "cut_position",
+    "equal_count",
+    "histogram",
+    "keep",
+    "key_bits",
+    "levels",
+    "look_up",
+    "look_up_over",
+    "order",
+    "refine",
+    "select",
+    "select_compiled",
+    "select_over",
+    "share",
+]
+
+
+def select(values: Array | np.ndarray, k: ArrayLike) -> Selection:
+    """Selects the k largest values by the fastest route there is.
+
+    Concrete values on one CPU device are selected by NumPy on the host, several times faster than
+    any compiled kernel; everything else by `select_compiled`.
+
+    Args:
+        values: Nonnegative float32, bfloat16 or float16 array of any shape. Signs are ignored, NaN
+            counts as larger than infinity.
+        k: Integer scalar, may be traced. Limited to 0..size.
+
+    Returns:
+        The selection, for `keep`.
+
+    Raises:
+        TypeError: If the values have another type.
+        ValueError: If the tensor has 2**31 entries or more.
+
+    Example:
+        >>> values = jnp.array([0.5, 2.0, 0.5, 1.0])
+        >>> keep(values, select(values, 3)).tolist()
+        [True, True, False, True]
+    """
+    if isinstance(k, jax.core.Tracer) or not is_on_host(values):
+        return select_compiled(values, k)
+    return select_over([values], k)[0]
+
+
+def select_compiled(
+    values: Array | np.ndarray, k: ArrayLike, *, route: Route | None = None
+) -> Selection:
+    """Selects the k largest values by one compiled kernel.
+
+    A radix descent over the bits of the values: linear time for any input, no sort, no callback.
+    Works under `jit` and `vmap` (over values, counts or both), on sharded arrays and under
+    `jax.export` for any platform. No gradient flows through it.
+
+    Args:
+        values: As for `select`.
+        k: As for `select`.
+        route: How entries are counted, for measurements: "histogram", "blocks" or "bisection" (see
+            `jaxmerge.methods.selection_kernel`); by default what suits the platform.
+
+    Returns:
+        The selection, for `keep`.
+
+    Example:
+        >>> values = jnp.array([[0.5, 2.0], [0.5, 1.0]])
+        >>> selections = jax.vmap(select_compiled)(values, jnp.array([1, 2]))
+        >>> jax.vmap(keep)(values, selections).tolist()
+        [[False, True], [True, True]]
+    """
+    size = checked_size(values.shape)
+    k = clipped_count(k, size)
+    if size == 0:
+        return nothing(values.dtype)
+    return _select_compiled([jnp.asarray(values)], k, route)[0]
+
+
+def select_over(values: Sequence[Array | np.ndarray], k: ArrayLike) -> list[Selection]:
+    """Selects the k largest values of several tensors together.
+
+    Ties at the smallest kept value go to earlier tensors, then to lower indices. Compiled, tensors
+    of equal shape and type are stacked (one copy), so that compilation does not grow with depth.
+
+    Args:
+        values: Nonnegative float32, bfloat16 or float16 arrays of any shapes; types may differ.
+        k: Integer scalar, may be traced. Limited to 0..the number of entries.
+
+    Returns:
+        A selection for each tensor.
+
+    Raises:
+        TypeError: If values have another type.
+        ValueError: If all tensors together have 2**32 entries or more, or one has 2**31.
+
+    Example:
+        >>> values = [jnp.array([0.5, 2.0]), jnp.array([0.5, 1.0])]
+        >>> [keep(v, s).tolist() for v, s in zip(values, select_over(values, 3))]
+        [[True, True], [False, True]]
+    """
+    total = checked_total([v.shape for v in values])
+    k = clipped_count(k, total)
+    filled = [i for i, v in enumerate(values) if v.size]
+    selections = [nothing(v.dtype) for v in values]
+    if not filled:
+        return selections
+    parts = [values[i] for i in filled]
+    if isinstance(k, np.ndarray) and all(is_on_host(part) for part in parts):
+        found = _select_on_host(parts, int(k)) if k else [selections[i] for i in filled]
+    else:
+        found = _select_compiled([jnp.asarray(part) for part in parts], k, None)
+    for i, selection in zip(filled, found, strict=True):
+        selections[i] = selection
+    return selections
+
+
+def _select_on_host(values: Sequence[Array | np.ndarray], k: int) -> list[Selection]:
+    dtype = common_dtype([v.dtype for v in values])
+    found = select_on_host(values, k)
+    thresholds = {v.dtype: narrowed(jnp.uint32(found.threshold), dtype, v.dtype) for v in values}
+    return [
+        Selection(thresholds[v.dtype], jnp.int32(cut))
+        for v, cut in zip(values, found.cuts, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="route")
+def _select_compiled(values: list[Array], k: Array, route: Route | None) -> list[Selection]:
+    places: dict[tuple[tuple[int, ...], np.dtype], list[int]] = {}
+    for i, v in enumerate(values):
+        places.setdefault((v.shape, v.dtype), []).append(i)
+    groups = [jnp.stack([values[i] for i in same]) for same in places.values()]
+    dtype = common_dtype([v.dtype for v in values])
+    grouped = [i for same in places.values() for i in same]
+
+    def kernel(groups: list[Array], k: Array, *, route: Route) -> tuple[Array, Array]:
+        keys_of = keys_as(dtype)
+        threshold, kept = kth_largest(groups, keys_of, k, key_format(dtype).width, route)
+
+        def cut(values: Array, m: Array) -> Array:
+            return nth_equal(values, keys_of, threshold, m, route)
+
+        if len(values) == 1:
+            return threshold, cut(groups[0], kept)[None]
+        equal = [
+            jnp.sum(keys_of(group) == threshold, tuple(range(1, group.ndim)), dtype=jnp.uint32)
+            for group in groups
+        ]
+        ranks = np.argsort(grouped)
+        kept_each = share(jnp.concatenate(equal)[ranks], kept)[np.array(grouped)]
+        ends = np.cumsum([len(same) for same in places.values()])[:-1]
+        cuts = [
+            jax.vmap(cut)(group, part)
+            for group, part in zip(groups, jnp.split(kept_each, ends), strict=True)
+        ]
+        return threshold, jnp.concatenate(cuts)[ranks]
+
+    if route is None:
+        threshold, cuts = by_platform(kernel, groups, k)
+    else:
+        threshold, cuts = kernel(groups, k, route=route)
+    threshold = jnp.where(k == 0, nothing(dtype).threshold, threshold)
+    return [Selection(narrowed(threshold, dtype, v.dtype), cuts[i]) for i, v in enumerate(values)]

@@ -1,0 +1,172 @@
+"""The compiled selection: a radix descent over the bits of the keys, without sorting.
+
+The k-th largest key is found digit by digit, from the highest: count how many entries that share
+the digits found so far have each value of the next one, and step into the value in which the k-th
+lies. Three routes differ only in how they count:
+
+- "histogram": one scatter-add over the whole array. Partitions under sharding to local histograms
+  and a sum; linear time for any input.
+- "blocks": the same scatter-add over blocks that fit a core's cache, in a loop; about twice as
+  fast on a CPU, but a sharded array would be gathered.
+- "bisection": digits of a few bits, counted by comparisons that fuse into one read of the data.
+  For accelerators, where a scatter-add is slow.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxmerge.methods.selection_keys import flat_index
+
+Keys = Callable[[Array], Array]
+Route = Literal["histogram", "blocks", "bisection"]
+
+_BLOCK = 1 << 16
+_LARGE = 1 << 18
+"""From this size on, few wide digits are faster than many narrow ones."""
+
+
+def by_platform(kernel: Callable[..., Any], *args: Any, accelerator: Route = "bisection") -> Any:
+    """Runs `kernel(*args, route=...)` by the route that suits the platform it is compiled for."""
+    # With one device nothing can be sharded, so the loop over blocks is safe.
+    cpu: Route = "blocks" if jax.device_count() == 1 else "histogram"
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=functools.partial(kernel, route=cpu),
+        default=functools.partial(kernel, route=accelerator),
+    )
+
+
+def kth_largest(
+    groups: Sequence[Array], keys_of: Keys, k: Array, width: int, route: Route
+) -> tuple[Array, Array]:
+    """The k-th largest key of all groups together.
+
+    Args:
+        groups: Arrays of values, of any shapes.
+        keys_of: Elementwise map from values to uint32 keys below 2**width.
+        k: uint32 scalar, at most the number of values.
+        width: The bits of a key.
+        route: How to count.
+
+    Returns:
+        uint32 scalars: the key, and how many of the entries equal to it belong to the k largest.
+        For k = 0 a key above every other, and 0.
+    """
+
+    size = sum(values.size for values in groups)
+    bits = 4 if route == "bisection" else 16 if size >= _LARGE else 8
+    digits = -(-width // bits)
+
+    def enter(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        prefix, k = state
+        shift = ((digits - 1 - i) * bits).astype(jnp.uint32)
+        counts = jnp.zeros(1 << bits, jnp.uint32)
+        for values in groups:
+            counts = counts + digit_counts(values, keys_of, prefix, shift, bits, route)
+        digit, k = enter_digit(counts, k)
+        return (prefix << bits) | digit, k
+
+    # A loop, not unrolled: one digit's program is compiled, not eight.
+    return jax.lax.fori_loop(0, digits, enter, (jnp.uint32(0), k))
+
+
+def nth_equal(values: Array, keys_of: Keys, threshold: Array, m: Array, route: Route) -> Array:
+    """The flat index of the m-th entry (from 1) whose key is the threshold, as int32; -1 for m = 0.
+
+    `m` is at most the number of such entries.
+    """
+    if route == "blocks" and values.size >= 2 * _BLOCK:
+        return _nth_equal_in_blocks(values.reshape(-1), keys_of, threshold, m)
+    return _nth_true(keys_of(values) == threshold, m, route)
+
+
+def digit_counts(
+    values: Array,
+    keys_of: Keys,
+    prefix: Array,
+    shift: Array,
+    bits: int,
+    route: Route,
+) -> Array:
+    """How often each digit occurs among the keys with a prefix, as uint32 [2**bits].
+
+    The digit is bits shift..shift+bits of the key, the prefix what stands above them.
+    """
+
+    def digit(part: Array) -> Array:
+        return _digit(keys_of(part), prefix, shift, bits)
+
+    if route == "bisection":
+        return _compare_counts(digit(values), bits)
+    counts = jnp.zeros(1 << bits, jnp.uint32)
+    if route == "histogram":
+        return _scatter(counts, digit(values))
+    flat = values.reshape(-1)
+    blocks = flat.size // _BLOCK
+
+    def add(i: Array, counts: Array) -> Array:
+        block = jax.lax.dynamic_slice(flat, (i * _BLOCK,), (_BLOCK,))
+        return _scatter(counts, digit(block))
+
+    counts = jax.lax.fori_loop(0, blocks, add, counts) if blocks else counts
+    return _scatter(counts, digit(flat[blocks * _BLOCK :]))
+
+
+def enter_digit(counts: Array, k: Array) -> tuple[Array, Array]:
+    """The digit in which the k-th largest entry lies, and its rank among that digit's entries."""
+    before = jnp.cumsum(counts, dtype=jnp.uint32) - counts
+    at_least = jnp.sum(counts, dtype=jnp.uint32) - before
+    # at_least falls with the digit; for k = 0 the highest digit is entered.
+    digit = jnp.sum(at_least >= k, dtype=jnp.uint32) - 1
+    return digit, k - jnp.max(jnp.where(at_least < k, at_least, jnp.uint32(0)))
+
+
+def _digit(keys: Array, prefix: Array, shift: Array, bits: int) -> Array:
+    """The digit of the keys that have the prefix, and 2**bits, which is no digit, of the others."""
+    rest = keys >> shift
+    # Two shifts: one by all 32 bits would be undefined.
+    return jnp.where(rest >> bits == prefix, rest & ((1 << bits) - 1), jnp.uint32(1 << bits))
+
+
+def _scatter(counts: Array, digit: Array) -> Array:
+    return counts.at[digit].add(jnp.uint32(1), mode="drop")
+
+
+def _compare_counts(digit: Array, bits: int) -> Array:
+    return jnp.stack([jnp.sum(digit == value, dtype=jnp.uint32) for value in range(1 << bits)])
+
+
+def _nth_true(mask: Array, m: Array, route: Route) -> Array:
+    """The flat index of the m-th true entry; -1 for m = 0."""
+    # The first true entry has the largest key, false ones the smallest: 0.
+    keys = jnp.where(mask, mask.size - flat_index(mask.shape), 0).astype(jnp.uint32)
+    key, _ = kth_largest([keys], _same, m, mask.size.bit_length(), route)
+    return jnp.where(m == 0, jnp.int32(-1), mask.size - key.astype(jnp.int32))
+
+
+def _nth_equal_in_blocks(flat: Array, keys_of: Keys, threshold: Array, m: Array) -> Array:
+    blocks = flat.size // _BLOCK
+
+    def equal(start: Array) -> Array:
+        return keys_of(jax.lax.dynamic_slice(flat, (start,), (_BLOCK,))) == threshold
+
+    def count(i: Array, counts: Array) -> Array:
+        return counts.at[i].set(jnp.sum(equal(i * _BLOCK), dtype=jnp.uint32))
+
+    counts = jax.lax.fori_loop(0, blocks, count, jnp.zeros(blocks, jnp.uint32))
+    upto = jnp.cumsum(counts, dtype=jnp.uint32)
+    first = jnp.sum(upto < m, dtype=jnp.int32) * _BLOCK
+    before = jnp.max(jnp.where(upto < m, upto, jnp.uint32(0)))
+    # A shorter last block is searched as the one that ends with the array.
+    start = jnp.minimum(first, flat.size - _BLOCK)
+    mask = equal(start) & (start + jnp.arange(_BLOCK) >= first)
+    return jnp.where(m == 0, jnp.int32(-1), start + _nth_true(mask, m - before, "histogram"))
+
+
+def _same(keys: Array) -> Array:
+    return keys

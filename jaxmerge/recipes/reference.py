@@ -1,0 +1,162 @@
+"""How a recipe names a model: `path`, `path#nested.key`, `path@revision`, `path+adapter`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxmerge.converters import split_key
+
+_FIELDS = ("model", "lora", "override_architecture")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model as a recipe names it.
+
+    Attributes:
+        path: a file or folder.
+        key: for a checkpoint that holds its tensors deeper: the key of the nested state dict.
+        revision: of a model on a hub.
+        lora: an adapter to be applied to the model (not supported yet).
+    """
+
+    path: str
+    key: str | None = None
+    revision: str | None = None
+    lora: str | None = None
+
+    def __str__(self) -> str:
+        marks = (("#", self.key), ("@", self.revision), ("+", self.lora))
+        return self.path + "".join(mark + text for mark, text in marks if text is not None)
+
+    def same(self, other: ModelReference | None) -> bool:
+        """Whether both name one model, however the path is spelled (`./base/` and `base`)."""
+        return other is not None and self._identity() == other._identity()
+
+    def locate(self, folder: Path | None = None) -> Path:
+        """Finds the checkpoint: in the working directory, else beside the recipe.
+
+        Args:
+            folder: the recipe's own folder.
+
+        Returns:
+            An existing file or folder.
+
+        Raises:
+            FileNotFoundError: saying where was looked, and the nearest name that exists.
+        """
+        path = Path(self.path).expanduser()
+        places = [path] if path.is_absolute() or folder is None else [path, folder / path]
+        for candidate in places:
+            if candidate.exists():
+                return candidate
+        raise FileNotFoundError(self._not_found(places))
+
+    def _not_found(self, places: list[Path]) -> str:
+        looked = dict.fromkeys(str(place.absolute().parent) for place in places)
+        message = f"no file or folder {self.path!r} (looked in {' and '.join(looked)})"
+        for place in places:
+            near = nearest_name(place)
+            if near is not None:
+                message += f"; did you mean {near!r}?"
+                break
+        if self.path.count("/") == 1 and not self.path.startswith(("/", ".", "~")):
+            message += (
+                "; names on a model hub are not supported yet: download the model, name its folder"
+            )
+        return message
+
+    def _identity(self) -> tuple[str | None, ...]:
+        return os.path.normpath(self.path), self.key, self.revision, self.lora
+
+
+def parse_reference(value: object) -> ModelReference:
+    """Reads a model's name, as text or as mergekit's mapping.
+
+    Text is `path`, `path#nested.key` or `path@revision+adapter`. Text that names an existing
+    file or folder as it stands is that path, whatever signs it contains.
+
+    Args:
+        value: text, or `{model: {path, revision}, lora}`.
+
+    Raises:
+        ValueError: on anything else, and on what is not supported yet.
+
+    >>> parse_reference("run/last.pt#model.state_dict")
+    ModelReference(path='run/last.pt', key='model.state_dict', revision=None, lora=None)
+    >>> parse_reference({"model": {"path": "experts/a"}}).path
+    'experts/a'
+    """
+    reference = _from_mapping(value) if isinstance(value, Mapping) else _from_text(value)
+    if reference.lora is not None:
+        raise ValueError(
+            f"adapters on the fly ({str(reference)!r}) are not supported yet: merge the adapter "
+            f"{reference.lora!r} into the model first"
+        )
+    if reference.revision is not None:
+        raise ValueError(
+            f"revisions ({str(reference)!r}) are not supported yet: download revision "
+            f"{reference.revision!r} and name its folder"
+        )
+    return reference
+
+
+def nearest_name(path: Path) -> str | None:
+    """Returns the existing name in the folder of `path` that is nearest to it, if any."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return str(path.parent / near[0]) if near else None
+
+
+def _from_text(value: object) -> ModelReference:
+    if not isinstance(value, str):
+        found = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+        raise ValueError(f"expected a path, found {found}; quote a path that looks like a number")
+    if not value.strip():
+        raise ValueError("the path is empty")
+    if os.path.exists(os.path.expanduser(value)):
+        return ModelReference(value)
+    model, *adapter = value.split("+")
+    path, *revision = model.split("@")
+    path, key = split_key(path)
+    if len(adapter) > 1 or len(revision) > 1 or (key and (adapter or revision)):
+        raise ValueError(
+            f"cannot read {value!r}: expected path, path#nested.key or path@revision+adapter"
+        )
+    if not path or "" in (*adapter, *revision):
+        raise ValueError(f"cannot read {value!r}: nothing stands beside one of '#', '@', '+'")
+    return ModelReference(
+        path,
+        key,
+        revision[0] if revision else None,
+        adapter[0] if adapter else None,
+    )
+
+
+def _from_mapping(value: Mapping[str, object]) -> ModelReference:
+    unknown = [str(key) for key in value if key not in _FIELDS]
+    if unknown or "model" not in value:
+        found = f"unknown key {unknown[0]!r}" if unknown else "no key 'model'"
+        raise ValueError(f"a model given as a mapping is {{model: {{path: ...}}}}; found {found}")
+    if value.get("override_architecture") is not None:
+        raise ValueError("override_architecture is not supported yet")
+    model, lora = value["model"], value.get("lora")
+    if isinstance(model, Mapping):
+        extra = [str(key) for key in model if key not in ("path", "revision")]
+        if extra or not isinstance(model.get("path"), str):
+            found = f"unknown key {extra[0]!r}" if extra else "no text under 'path'"
+            raise ValueError(f"expected {{path: ..., revision: ...}}; found {found}")
+        revision = model.get("revision")
+        reference = ModelReference(
+            str(model["path"]), revision=None if revision is None else str(revision)
+        )
+    else:
+        reference = _from_text(model)
+    return reference if lora is None else replace(reference, lora=str(lora))
