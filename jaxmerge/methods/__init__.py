@@ -5,7 +5,7 @@ from jaxmerge.methods.by_block import by_block
 from jaxmerge.methods.choose import choose
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Select, Sums
-from jaxmerge.methods.merge import merge
+from jaxmerge.methods.merging import merge
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.registry import allowed, get, names, options, register
 from jaxmerge.methods.spherical import slerp

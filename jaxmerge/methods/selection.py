@@ -24,6 +24,7 @@ from jaxmerge.methods.selection_host import is_on_host, select_on_host
 from jaxmerge.methods.selection_kernel import Route, by_platform, kth_largest, nth_equal
 from jaxmerge.methods.selection_keys import (
     Selection,
+    alike,
     checked_size,
     checked_total,
     clipped_count,
@@ -32,8 +33,9 @@ from jaxmerge.methods.selection_keys import (
     key_bits,
     key_format,
     keys_as,
-    narrowed,
+    narrowed_to,
     nothing,
+    regrouping,
 )
 from jaxmerge.methods.selection_order import look_up, look_up_over, order
 from jaxmerge.methods.selection_stream import (
@@ -167,21 +169,32 @@ def select_over(values: Sequence[Array | np.ndarray], k: ArrayLike) -> list[Sele
 def _select_on_host(values: Sequence[Array | np.ndarray], k: int) -> list[Selection]:
     dtype = common_dtype([v.dtype for v in values])
     found = select_on_host(values, k)
-    thresholds = {v.dtype: narrowed(jnp.uint32(found.threshold), dtype, v.dtype) for v in values}
+    thresholds = narrowed_to(jnp.uint32(found.threshold), dtype, values)
     return [
-        Selection(thresholds[v.dtype], jnp.int32(cut))
+        Selection(thresholds[v.dtype.name], jnp.int32(cut))
         for v, cut in zip(values, found.cuts, strict=True)
     ]
 
 
+def _select_compiled(
+    values: list[Array], k: Array | np.ndarray, route: Route | None
+) -> list[Selection]:
+    thresholds, cuts = _select_groups(values, k, route)
+    return [
+        Selection(thresholds[v.dtype.name], cut)
+        for v, cut in zip(values, jnp.unstack(cuts), strict=True)
+    ]
+
+
+# Two results, not two for each tensor: each result of a program is compiled on its own.
 @functools.partial(jax.jit, static_argnames="route")
-def _select_compiled(values: list[Array], k: Array, route: Route | None) -> list[Selection]:
-    places: dict[tuple[tuple[int, ...], np.dtype], list[int]] = {}
-    for i, v in enumerate(values):
-        places.setdefault((v.shape, v.dtype), []).append(i)
-    groups = [jnp.stack([values[i] for i in same]) for same in places.values()]
+def _select_groups(
+    values: list[Array], k: Array, route: Route | None
+) -> tuple[dict[str, Array], Array]:
+    places = alike(values)
+    groups = [jnp.stack([values[i] for i in same]) for same in places]
+    grouped, ranks = regrouping(places)
     dtype = common_dtype([v.dtype for v in values])
-    grouped = [i for same in places.values() for i in same]
 
     def kernel(groups: list[Array], k: Array, *, route: Route) -> tuple[Array, Array]:
         keys_of = keys_as(dtype)
@@ -196,9 +209,8 @@ def _select_compiled(values: list[Array], k: Array, route: Route | None) -> list
             jnp.sum(keys_of(group) == threshold, tuple(range(1, group.ndim)), dtype=jnp.uint32)
             for group in groups
         ]
-        ranks = np.argsort(grouped)
-        kept_each = share(jnp.concatenate(equal)[ranks], kept)[np.array(grouped)]
-        ends = np.cumsum([len(same) for same in places.values()])[:-1]
+        kept_each = share(jnp.concatenate(equal)[ranks], kept)[grouped]
+        ends = np.cumsum([len(same) for same in places])[:-1]
         cuts = [
             jax.vmap(cut)(group, part)
             for group, part in zip(groups, jnp.split(kept_each, ends), strict=True)
@@ -210,4 +222,4 @@ def _select_compiled(values: list[Array], k: Array, route: Route | None) -> list
     else:
         threshold, cuts = kernel(groups, k, route=route)
     threshold = jnp.where(k == 0, nothing(dtype).threshold, threshold)
-    return [Selection(narrowed(threshold, dtype, v.dtype), cuts[i]) for i, v in enumerate(values)]
+    return narrowed_to(threshold, dtype, values), cuts

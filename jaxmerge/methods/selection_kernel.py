@@ -26,6 +26,7 @@ Keys = Callable[[Array], Array]
 Route = Literal["histogram", "blocks", "bisection"]
 
 _BLOCK = 1 << 16
+_ROW = 256
 _LARGE = 1 << 18
 """From this size on, few wide digits are faster than many narrow ones."""
 
@@ -119,11 +120,18 @@ def digit_counts(
 
 def enter_digit(counts: Array, k: Array) -> tuple[Array, Array]:
     """The digit in which the k-th largest entry lies, and its rank among that digit's entries."""
-    before = jnp.cumsum(counts, dtype=jnp.uint32) - counts
-    at_least = jnp.sum(counts, dtype=jnp.uint32) - before
-    # at_least falls with the digit; for k = 0 the highest digit is entered.
+    if counts.size > _ROW:
+        rows = counts.reshape(-1, _ROW)
+        row, k = enter_digit(jnp.sum(rows, axis=1, dtype=jnp.uint32), k)
+        digit, k = enter_digit(rows[row], k)
+        return row * _ROW + digit, k
+    # Cumulative sums from the highest digit; by comparing, which compiles faster than a cumsum.
+    digits = jnp.arange(counts.size)
+    from_here = digits[None, :] >= digits[:, None]
+    at_least = jnp.sum(jnp.where(from_here, counts[None, :], 0), axis=1, dtype=jnp.uint32)
+    # These fall with the digit; for k = 0 the highest digit is entered.
     digit = jnp.sum(at_least >= k, dtype=jnp.uint32) - 1
-    return digit, k - jnp.max(jnp.where(at_least < k, at_least, jnp.uint32(0)))
+    return digit, k - jnp.max(jnp.where(at_least < k, at_least, 0))
 
 
 def _digit(keys: Array, prefix: Array, shift: Array, bits: int) -> Array:

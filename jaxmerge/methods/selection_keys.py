@@ -148,6 +148,27 @@ def narrowed(threshold: Array, source: np.dtype, target: np.dtype) -> Array:
     return jnp.where(threshold > _NAN, jnp.uint32((1 << width) - 1), key)
 
 
+def narrowed_to(
+    threshold: Array, source: np.dtype, values: Sequence[Array | np.ndarray]
+) -> dict[str, Array]:
+    """A threshold as a key of each type that the values have, by the type's name."""
+    return {dtype.name: narrowed(threshold, source, dtype) for dtype in {v.dtype for v in values}}
+
+
+def alike(values: Sequence[Array]) -> list[list[int]]:
+    """The places of the arrays of each shape and type: what can be stacked."""
+    places: dict[tuple[tuple[int, ...], np.dtype], list[int]] = {}
+    for i, v in enumerate(values):
+        places.setdefault((v.shape, v.dtype), []).append(i)
+    return list(places.values())
+
+
+def regrouping(places: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Index arrays from the given order to the groups' one after another, and back."""
+    grouped = np.array([i for same in places for i in same])
+    return grouped, np.argsort(grouped)
+
+
 def nothing(dtype: np.dtype) -> Selection:
     """The selection that keeps nothing: its threshold is above every key."""
     return Selection(jnp.uint32((1 << key_format(dtype).width) - 1), jnp.int32(-1))

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxmerge.methods.selection_host import is_on_host, order_on_host
 from jaxmerge.methods.selection_keys import (
     Selection,
+    alike,
     checked_size,
     checked_total,
     clipped_count,
@@ -17,8 +19,9 @@ from jaxmerge.methods.selection_keys import (
     key_bits,
     key_format,
     keys_as,
-    narrowed,
+    narrowed_to,
     nothing,
+    regrouping,
 )
 from jaxmerge.methods.selection_stream import share
 
@@ -68,7 +71,8 @@ def look_up_over(values: Sequence[Array], orders: Sequence[Array], k: ArrayLike)
     """Selects the k largest values of all tensors together by their orders.
 
     The threshold is bisected on its bits; how many entries of a tensor reach a key is a binary
-    search in the tensor's order. No pass over the data is made.
+    search in the tensor's order. Tensors of equal shape and type are stacked, one copy of them and
+    their orders, however many counts are looked up in one program; no other pass is made.
 
     Args:
         values: Nonnegative arrays of any shapes; types may differ.
@@ -92,9 +96,11 @@ def look_up_over(values: Sequence[Array], orders: Sequence[Array], k: ArrayLike)
     filled = [i for i, v in enumerate(values) if v.size]
     selections = [nothing(v.dtype) for v in values]
     if filled:
-        found = _look_up_over([values[i] for i in filled], [orders[i] for i in filled], k)
-        for i, selection in zip(filled, found, strict=True):
-            selections[i] = selection
+        thresholds, cuts = _look_up_over(
+            [values[i] for i in filled], [orders[i] for i in filled], k
+        )
+        for i, cut in zip(filled, jnp.unstack(cuts), strict=True):
+            selections[i] = Selection(thresholds[values[i].dtype.name], cut)
     return selections
 
 
@@ -114,42 +120,64 @@ def _look_up(values: Array, order: Array, k: Array) -> Selection:
 
 
 @jax.jit
-def _look_up_over(values: list[Array], orders: list[Array], k: Array) -> list[Selection]:
+def _look_up_over(
+    values: list[Array], orders: list[Array], k: Array
+) -> tuple[dict[str, Array], Array]:
+    places = alike(values)
     dtype = common_dtype([v.dtype for v in values])
     keys_of = keys_as(dtype)
-    flat = [v.reshape(-1) for v in values]
-    sizes = jnp.array([v.size for v in flat], jnp.int32)
-    steps = max(v.size for v in flat).bit_length()
-    places = range(len(flat))
+    flat = [jnp.stack([values[i].reshape(-1) for i in same]) for same in places]
+    sorting = [jnp.stack([orders[i] for i in same]) for same in places]
+    grouped, ranks = regrouping(places)
+    ends = np.cumsum([len(same) for same in places])[:-1]
+    sizes = jnp.array([values[i].size for i in grouped], jnp.int32)
 
-    def reaching(key: Array) -> Array:
-        """How many entries of each tensor have that key or a larger one."""
+    def indices_at(ranks: Array) -> list[Array]:
+        """The flat indices [tensors of the group, 1] of the entries of one rank in each tensor."""
+        return [
+            jnp.take_along_axis(o, rank[:, None], axis=1, mode="clip")
+            for o, rank in zip(sorting, jnp.split(ranks, ends), strict=True)
+        ]
 
-        def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def keys_at(ranks: Array) -> Array:
+        found = [
+            keys_of(jnp.take_along_axis(v, index, axis=1)[:, 0])
+            for v, index in zip(flat, indices_at(ranks), strict=True)
+        ]
+        return jnp.concatenate(found)
+
+    def reaching(key: Array, low: Array, high: Array) -> Array:
+        """How many entries of each tensor have that key or a larger one, known to be in a range."""
+
+        def open_ranges(bounds: tuple[Array, Array]) -> Array:
+            return jnp.any(bounds[0] < bounds[1])
+
+        def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
             middle = low + (high - low) // 2
-            # One gather for each tensor; the search itself is shared.
-            keys = [keys_of(flat[i][orders[i][middle[i]]]) for i in places]
-            reach = (jnp.stack(keys) >= key) & (low < high)
+            reach = (keys_at(middle) >= key) & (low < high)
             return jnp.where(reach, middle + 1, low), jnp.where(reach, high, middle)
 
-        return jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(sizes), sizes))[0]
-
-    def set_bit(i: Array, threshold: Array) -> Array:
-        key = threshold | (jnp.uint32(1 << (width - 1)) >> i.astype(jnp.uint32))
-        enough = jnp.sum(reaching(key).astype(jnp.uint32), dtype=jnp.uint32) >= k
-        return jnp.where(enough, key, threshold)
+        return jax.lax.while_loop(open_ranges, halve, (low, high))[0]
 
     width = key_format(dtype).width
-    threshold = jax.lax.fori_loop(0, width, set_bit, jnp.uint32(0))
-    reached = jax.vmap(reaching)(jnp.stack([threshold + 1, threshold])).astype(jnp.uint32)
-    above = reached[0]
-    kept = share(reached[1] - above, k - jnp.sum(above, dtype=jnp.uint32))
-    last = (above + kept).astype(jnp.int32) - 1
-    cuts = [
-        jnp.where(kept[i] > 0, orders[i][jnp.maximum(last[i], 0)], jnp.int32(-1)) for i in places
-    ]
-    return [
-        Selection(narrowed(threshold, dtype, v.dtype), cut)
-        for v, cut in zip(values, cuts, strict=True)
-    ]
+
+    def set_bit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # `above` entries have a key too large to be the threshold, `enough` reach it.
+        threshold, above, enough = state
+        key = threshold | (jnp.uint32(1 << (width - 1)) >> i.astype(jnp.uint32))
+        reached = reaching(key, above, enough)
+        higher = jnp.sum(reached.astype(jnp.uint32), dtype=jnp.uint32) >= k
+        return (
+            jnp.where(higher, key, threshold),
+            jnp.where(higher, above, reached),
+            jnp.where(higher, reached, enough),
+        )
+
+    start = (jnp.uint32(0), jnp.zeros_like(sizes), sizes)
+    threshold, above, enough = jax.lax.fori_loop(0, width, set_bit, start)
+    equal = (enough - above).astype(jnp.uint32)
+    kept = share(equal[ranks], k - jnp.sum(above.astype(jnp.uint32), dtype=jnp.uint32))[grouped]
+    last = jnp.concatenate(indices_at(above + kept.astype(jnp.int32) - 1))[:, 0]
+    cuts = jnp.where(kept > 0, last, jnp.int32(-1))[ranks]
+    return narrowed_to(threshold, dtype, values), cuts

@@ -1,0 +1,22 @@
+"""Recipes: what to merge, written down; planned from headers, then run over checkpoints."""
+
+from jaxmerge.recipes.errors import PlanError, RecipeError
+from jaxmerge.recipes.plan import Plan, make_plan
+from jaxmerge.recipes.resolve import Resolved, resolve
+from jaxmerge.recipes.run import load_sources, run
+from jaxmerge.recipes.schema import Recipe, dump, parse, read
+
+__all__ = [
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "Resolved",
+    "dump",
+    "load_sources",
+    "make_plan",
+    "parse",
+    "read",
+    "resolve",
+    "run",
+]

@@ -28,6 +28,16 @@ def is_unfinished(output: Path, fingerprint: str) -> bool:
     return _left_by(output) == fingerprint
 
 
+def mark_unfinished(output: Path, fingerprint: str) -> None:
+    """Says in a folder that the plan with this fingerprint is being written there."""
+    (output / UNFINISHED).write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+
+
+def unmark(output: Path) -> None:
+    """Says that the output is whole."""
+    (output / UNFINISHED).unlink()
+
+
 def output_problems(
     output: Path,
     *,

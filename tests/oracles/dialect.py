@@ -215,7 +215,8 @@ def model_stock(
 
     Jang et al. 2024, cosines of the d. A pair with a zero vector counts as 0; one model gives
     t = 1. `filter_wise` takes c per row (last axis). The library puts t = 0 where c <= 0, since
-    the formula leaves [0, 1] there and has a pole at c = -1/(N-1); `dialect` leaves t as it is.
+    the formula leaves [0, 1] there and has a pole at c = -1/(N-1); mergekit (`dialect`) leaves t
+    as it is, and divides by max(|d_i| |d_j|, 1e-6), which shrinks cosines of short task vectors.
     """
     deltas = deltas_of(base, models)
     n = len(deltas)
@@ -223,7 +224,11 @@ def model_stock(
     if n == 1:
         return mean
     axis = -1 if filter_wise and f64(base).ndim > 1 else None
-    cosines = [_cosine(deltas[i], deltas[j], axis) for i in range(n) for j in range(i + 1, n)]
+    cosines = [
+        _cosine(deltas[i], deltas[j], axis, 1e-6 if dialect else 0.0)
+        for i in range(n)
+        for j in range(i + 1, n)
+    ]
     c = np.mean(cosines, axis=0)
     if not dialect:
         c = np.maximum(c, 0.0)
@@ -382,12 +387,13 @@ def _exp(mu: Array, tangent: Array) -> Array:
     return np.cos(length) * mu + np.sin(length) / length * tangent
 
 
-def _cosine(a: Array, b: Array, axis: int | None) -> Array:
+def _cosine(a: Array, b: Array, axis: int | None, least: float) -> Array:
+    """<a, b> / max(|a| |b|, least), 0 where that is 0 / 0."""
     norms = np.sqrt(
         np.sum(a * a, axis=axis, keepdims=True) * np.sum(b * b, axis=axis, keepdims=True)
     )
-    dot = np.sum(a * b, axis=axis, keepdims=True)
-    return np.where(norms > 0, dot / np.where(norms > 0, norms, 1.0), 0.0)
+    divisor = np.maximum(norms, least)
+    return np.sum(a * b, axis=axis, keepdims=True) / np.where(divisor > 0, divisor, 1.0)
 
 
 def _softmax(x: Array) -> Array:
