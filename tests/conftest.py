@@ -12,10 +12,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from collections.abc import Iterator  # noqa: E402
 
 import chex  # noqa: E402
+import hypothesis  # noqa: E402
 import jax  # noqa: E402 - the flags above are read when jax is first imported
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The first example of a property compiles.
+hypothesis.settings.register_profile("compiling", deadline=None)
+hypothesis.settings.load_profile("compiling")
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,8 @@ class Batch:
       models: per model an array [tensors, ...], or [...] where `stacked` is False (one tensor).
       base: the same for the base, or None.
       names: uint32 [tensors, 2], the hashes of the tensors' names.
+      starts: int32 scalars, where each member begins on the leading axis. As data rather than constants they let XLA
+        compile one slice for all members of a batch, which decides how long a program around `apply` compiles.
       members: the leaves, in order; a leaf that holds stacked layers stands for several tensors.
       stacked: whether the arrays have the leading axis.
     """
@@ -47,6 +49,7 @@ class Batch:
     models: tuple[jax.Array, ...]
     base: jax.Array | None
     names: jax.Array
+    starts: tuple[jax.Array, ...]
     members: tuple[Member, ...] = field(metadata={"static": True})
     stacked: bool = field(metadata={"static": True})
 
@@ -170,34 +173,44 @@ def _batch(
     members: list[Member], flat: list[dict[str, Any]], flat_base: dict[str, Any] | None
 ) -> Batch:
     stacked = len(members) > 1 or members[0].layout.stacked
-    join = functools.partial(_join, tuple(members), stacked)
+    trees = flat if flat_base is None else [*flat, flat_base]
+    leaves = [[jnp.asarray(leaves[m.path]) for m in members] for leaves in trees]
+    kinds = tuple((m.layout.transform, m.layout.stacked) for m in members)
+    if stacked or kinds[0][0] != (None, None):
+        joined = _join(kinds, stacked, leaves)
+    else:
+        joined = [leaf for (leaf,) in leaves]
+    models = joined if flat_base is None else joined[:-1]
     names = np.array([name_words(name) for m in members for name in m.layout.names], np.uint32)
+    lengths = [len(m.layout.names) for m in members]
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
     return Batch(
-        tuple(join([leaves[m.path] for m in members]) for leaves in flat),
-        None if flat_base is None else join([flat_base[m.path] for m in members]),
+        tuple(models),
+        None if flat_base is None else joined[-1],
         jnp.asarray(names),
+        tuple(jnp.asarray(start) for start in starts),
         tuple(members),
         stacked,
     )
 
 
-def _join(members: tuple[Member, ...], stacked: bool, leaves: list[Any]) -> jax.Array:
-    """One array in the checkpoint's order, [tensors, ...] where stacked."""
-    parts = [_to_checkpoint(m, jnp.asarray(x)) for m, x in zip(members, leaves, strict=True)]
-    if not stacked:
-        return parts[0]
-    if len(parts) == 1:
-        return parts[0]
-    return jnp.concatenate(
-        [part if m.layout.stacked else part[None] for m, part in zip(members, parts, strict=True)]
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _join(
+    kinds: tuple[tuple[Transform, bool], ...], stacked: bool, trees: list[list[jax.Array]]
+) -> list[jax.Array]:
+    """Per tree one array in the checkpoint's order, [tensors, ...] where stacked."""
 
+    def ordered(transform: Transform, layered: bool, leaf: jax.Array) -> jax.Array:
+        one = TensorLayout(("",), *transform).to_checkpoint
+        if layered:
+            return jax.vmap(one)(leaf)
+        return one(leaf)[None] if stacked else one(leaf)
 
-def _to_checkpoint(member: Member, leaf: jax.Array) -> jax.Array:
-    if member.layout.transform == (None, None):
-        return leaf
-    one = member.layout.to_checkpoint
-    return jax.vmap(one)(leaf) if member.layout.stacked else one(leaf)
+    joined = []
+    for leaves in trees:
+        parts = [ordered(*kind, leaf) for kind, leaf in zip(kinds, leaves, strict=True)]
+        joined.append(parts[0] if len(parts) == 1 else jnp.concatenate(parts))
+    return joined
 
 
 def _merged(
@@ -231,7 +244,15 @@ def _merged(
     ):
         shapes = tuple((m.layout.transform, m.shape, m.layout.stacked) for m in batch.members)
         parts = _apply_batch(
-            leaf, shapes, batch.members[0].dtype, batch.stacked, per_tensor, chunk, given, seen
+            leaf,
+            shapes,
+            batch.members[0].dtype,
+            batch.stacked,
+            per_tensor,
+            batch.starts,
+            chunk,
+            given,
+            seen,
         )
         merged.update(zip((m.path for m in batch.members), parts, strict=True))
     return merged
@@ -244,6 +265,7 @@ def _apply_batch(
     dtype: Any,
     stacked: bool,
     per_tensor: bool,
+    starts: tuple[jax.Array, ...],
     chunk: Chunk,
     values: Mapping[str, Any],
     found: Mapping[str, Any],
@@ -254,11 +276,10 @@ def _apply_batch(
         return [_from_checkpoint(transform, shape, merged)]
     axes = (0, 0 if per_tensor else None, 0)
     merged = jax.vmap(leaf.apply, in_axes=axes)(chunk, values, found).astype(dtype)
-    parts, start = [], 0
-    for transform, shape, layered in shapes:
+    parts = []
+    for (transform, shape, layered), start in zip(shapes, starts, strict=True):
         length = shape[0] if layered else 1
-        part = jax.lax.slice_in_dim(merged, start, start + length)
-        start += length
+        part = jax.lax.dynamic_slice_in_dim(merged, start, length)
         one = functools.partial(_from_checkpoint, transform, shape[1:] if layered else shape)
         parts.append(jax.vmap(one)(part) if layered else one(part[0]))
     return parts

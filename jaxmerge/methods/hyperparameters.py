@@ -163,6 +163,11 @@ def _spread(array: Any, shape: tuple[int, ...]) -> Any:
 
 def _checked(spec: Hyperparameter, value: Any, models: int, where: str) -> Any:
     if isinstance(value, PerBlock):
+        if spec.kind == "fraction" and spec.share_of == "model":
+            raise ValueError(
+                f"{where} is a share of the whole model and cannot differ between blocks; "
+                "use the method with scope='tensor', or by_block"
+            )
         shape = value.values.shape
         if spec.scope == "shared" and len(shape) == 2:
             raise ValueError(f"{where} is shared by all models, but has values of shape {list(shape)}")

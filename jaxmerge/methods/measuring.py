@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Select, Sums
 from jaxmerge.methods.selection import Selection, key_bits, order, select, select_over
+from jaxmerge.methods.selection_host import is_on_host
 
 Prepared = dict[str, Any]
 BatchValues = tuple[Mapping[str, Any], bool]  # the values, and whether they have a leading axis
@@ -97,19 +98,16 @@ def _sums(
     values: Sequence[BatchValues],
     found: Sequence[Mapping[str, Any]],
 ) -> list[Any]:
-    statistics = [
-        _statistics(one, batch.stacked, per_tensor, chunk, given, seen)
-        for batch, chunk, (given, per_tensor), seen in zip(
-            batches, chunks, values, found, strict=True
-        )
-    ]
+    items = list(zip(batches, chunks, values, found, strict=True))
     if one.scope == "tensor":
         return [
-            _finish(one, batch.stacked, per_tensor, sums, given, seen)
-            for batch, sums, (given, per_tensor), seen in zip(
-                batches, statistics, values, found, strict=True
-            )
+            _whole_tensor(one, batch.stacked, per_tensor, chunk, given, seen)
+            for batch, chunk, (given, per_tensor), seen in items
         ]
+    statistics = [
+        _statistics(one, batch.stacked, per_tensor, chunk, given, seen)
+        for batch, chunk, (given, per_tensor), seen in items
+    ]
     summed = [
         jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if batch.stacked else sums
         for batch, sums in zip(batches, statistics, strict=True)
@@ -120,6 +118,14 @@ def _sums(
         whole = _spread(total, len(batch.tensor_names)) if batch.stacked else total
         results.append(_finish(one, batch.stacked, per_tensor, whole, given, seen))
     return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _whole_tensor(
+    one: Sums, stacked: bool, per_tensor: bool, chunk: Chunk, values: Any, found: Any
+) -> Any:
+    sums = _statistics(one, stacked, per_tensor, chunk, values, found)
+    return _finish(one, stacked, per_tensor, sums, values, found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -150,19 +156,31 @@ def _select_tensor(one: Select, batch: Batch, chunk: Chunk, values: BatchValues)
         return [
             tuple(select(size, k) for k in ks) for size, ks in zip(magnitudes, counts, strict=True)
         ]
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((magnitudes, counts))):
-        return [
-            tuple(jax.vmap(select)(size, k) for k in ks)
-            for size, ks in zip(magnitudes, counts, strict=True)
-        ]
-    tensors = range(len(batch.tensor_names))
+    if not all(map(is_on_host, jax.tree.leaves((magnitudes, counts)))):
+        return _select_batch(magnitudes, counts)
     return [
         tuple(
-            jax.tree.map(lambda *x: jnp.stack(x), *[select(size[t], k[t]) for t in tensors])
+            _stacked([select(row, m) for row, m in zip(np.asarray(size), np.asarray(k), strict=True)])
             for k in ks
         )
         for size, ks in zip(magnitudes, counts, strict=True)
     ]
+
+
+@jax.jit
+def _select_batch(magnitudes: list[jax.Array], counts: list[tuple[jax.Array, ...]]) -> Any:
+    """One kernel for all models, counts and tensors."""
+    sizes = jnp.concatenate([x for x, ks in zip(magnitudes, counts, strict=True) for _ in ks])
+    wanted = jnp.concatenate([k for ks in counts for k in ks])
+    selections = jax.vmap(select)(sizes, wanted)
+    tensors, result, start = magnitudes[0].shape[0], [], 0
+    for ks in counts:
+        mine = []
+        for _ in ks:
+            mine.append(jax.tree.map(lambda x, a=start: x[a : a + tensors], selections))
+            start += tensors
+        result.append(tuple(mine))
+    return result
 
 
 def _select_model(
@@ -179,7 +197,7 @@ def _select_model(
     counts = _model_counts(one, batches, values)
     result: list[list[Any]] = [[] for _ in batches]
     for i, ks in enumerate(counts):
-        sizes = [magnitudes[b][i] if t is None else magnitudes[b][i][t] for b, t in places]
+        sizes = _by_name(batches, [found[i] for found in magnitudes])
         selections = [select_over(sizes, k) for k in ks]
         for b, batch in enumerate(batches):
             mine = [
@@ -199,7 +217,17 @@ def _in_batch_order(chosen: list[Selection], position: list[int], stacked: bool)
     if not stacked:
         return chosen[0]
     back = sorted(range(len(position)), key=position.__getitem__)
-    return jax.tree.map(lambda *x: jnp.stack(x), *[chosen[p] for p in back])
+    return _stacked([chosen[p] for p in back])
+
+
+def _stacked(selections: Sequence[Selection]) -> Selection:
+    return jax.tree.map(lambda *x: jnp.stack(x), *selections)
+
+
+def _by_name(batches: Sequence[Batch], arrays: Sequence[jax.Array]) -> list[Any]:
+    """All tensors one by one in the order of their names, as NumPy arrays where they are at hand."""
+    at_hand = [np.asarray(array) if is_on_host(array) else array for array in arrays]
+    return [at_hand[b] if t is None else at_hand[b][t] for b, t in _places(batches)]
 
 
 def _places(batches: Sequence[Batch]) -> list[tuple[int, int | None]]:
@@ -219,19 +247,19 @@ def _tensor_order(one: Select, batch: Batch) -> list[jax.Array]:
     magnitudes = _magnitudes(one, batch.stacked, _plain_chunk(batch))
     if not batch.stacked:
         return [order(size) for size in magnitudes]
-    if any(isinstance(size, jax.core.Tracer) for size in magnitudes):
+    if not all(map(is_on_host, magnitudes)):
         return [jax.vmap(order)(size) for size in magnitudes]
-    return [jnp.stack([order(one_size) for one_size in size]) for size in magnitudes]
+    return [jnp.asarray(np.stack([order(row) for row in np.asarray(size)])) for size in magnitudes]
 
 
 def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
     """Per model, the order of all its values; tensors one after the other in the order of their names."""
     magnitudes = [_magnitudes(one, batch.stacked, _plain_chunk(batch)) for batch in batches]
-    places = _places(batches)
     orders = []
     for i in range(len(batches[0].models)):
-        sizes = [magnitudes[b][i] if t is None else magnitudes[b][i][t] for b, t in places]
-        orders.append(order(jnp.concatenate([size.ravel() for size in sizes])))
+        sizes = _by_name(batches, [found[i] for found in magnitudes])
+        namespace = np if all(map(is_on_host, sizes)) else jnp
+        orders.append(order(namespace.concatenate([namespace.ravel(size) for size in sizes])))
     return orders
 
 

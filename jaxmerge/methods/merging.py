@@ -14,6 +14,7 @@ from jaxmerge.tree import Layout
 def merge(
     method: str | MergeMethod,
     models: Sequence[Any],
+    /,
     *,
     base: Any = None,
     key: jax.Array | None = None,

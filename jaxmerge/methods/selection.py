@@ -29,6 +29,7 @@ from jaxmerge.methods.selection_keys import (
     checked_total,
     clipped_count,
     common_dtype,
+    entries,
     keep,
     key_bits,
     key_format,
@@ -153,27 +154,24 @@ def select_over(values: Sequence[Array | np.ndarray], k: ArrayLike) -> list[Sele
     total = checked_total([v.shape for v in values])
     k = clipped_count(k, total)
     filled = [i for i, v in enumerate(values) if v.size]
-    selections = [nothing(v.dtype) for v in values]
-    if not filled:
-        return selections
     parts = [values[i] for i in filled]
-    if isinstance(k, np.ndarray) and all(is_on_host(part) for part in parts):
-        found = _select_on_host(parts, int(k)) if k else [selections[i] for i in filled]
+    concrete = isinstance(k, np.ndarray)
+    if not parts or (concrete and k == 0):
+        return [nothing(v.dtype) for v in values]
+    if concrete and all(is_on_host(part) for part in parts):
+        found = _select_on_host(parts, int(k))
     else:
         found = _select_compiled([jnp.asarray(part) for part in parts], k, None)
-    for i, selection in zip(filled, found, strict=True):
-        selections[i] = selection
-    return selections
+    selected = dict(zip(filled, found, strict=True))
+    return [selected.get(i) or nothing(v.dtype) for i, v in enumerate(values)]
 
 
 def _select_on_host(values: Sequence[Array | np.ndarray], k: int) -> list[Selection]:
     dtype = common_dtype([v.dtype for v in values])
     found = select_on_host(values, k)
     thresholds = narrowed_to(jnp.uint32(found.threshold), dtype, values)
-    return [
-        Selection(thresholds[v.dtype.name], jnp.int32(cut))
-        for v, cut in zip(values, found.cuts, strict=True)
-    ]
+    cuts = jax.device_put([np.int32(cut) for cut in found.cuts])
+    return [Selection(thresholds[v.dtype.name], cut) for v, cut in zip(values, cuts, strict=True)]
 
 
 def _select_compiled(
@@ -182,7 +180,7 @@ def _select_compiled(
     thresholds, cuts = _select_groups(values, k, route)
     return [
         Selection(thresholds[v.dtype.name], cut)
-        for v, cut in zip(values, jnp.unstack(cuts), strict=True)
+        for v, cut in zip(values, entries(cuts), strict=True)
     ]
 
 

@@ -8,8 +8,8 @@ lies. Three routes differ only in how they count:
   and a sum; linear time for any input.
 - "blocks": the same scatter-add over blocks that fit a core's cache, in a loop; about twice as
   fast on a CPU, but a sharded array would be gathered.
-- "bisection": digits of a few bits, counted by comparisons that fuse into one read of the data.
-  For accelerators, where a scatter-add is slow.
+- "bisection": digits of a few bits, counted by comparisons in one reduction. For accelerators,
+  where a scatter-add is slow. Partitions under sharding like the histogram.
 """
 
 import functools
@@ -25,8 +25,8 @@ from jaxmerge.methods.selection_keys import flat_index
 Keys = Callable[[Array], Array]
 Route = Literal["histogram", "blocks", "bisection"]
 
-_BLOCK = 1 << 16
 _ROW = 256
+_BLOCK = _ROW**2
 _LARGE = 1 << 18
 """From this size on, few wide digits are faster than many narrow ones."""
 
@@ -69,7 +69,7 @@ def kth_largest(
         counts = jnp.zeros(1 << bits, jnp.uint32)
         for values in groups:
             counts = counts + digit_counts(values, keys_of, prefix, shift, bits, route)
-        digit, k = enter_digit(counts, k)
+        digit, k = enter_digit(counts, k, route)
         return (prefix << bits) | digit, k
 
     # A loop, not unrolled: one digit's program is compiled, not eight.
@@ -81,9 +81,13 @@ def nth_equal(values: Array, keys_of: Keys, threshold: Array, m: Array, route: R
 
     `m` is at most the number of such entries.
     """
-    if route == "blocks" and values.size >= 2 * _BLOCK:
-        return _nth_equal_in_blocks(values.reshape(-1), keys_of, threshold, m)
-    return _nth_true(keys_of(values) == threshold, m, route)
+    if route != "blocks":
+        index = _nth_true(keys_of(values) == threshold, m, route)
+    elif values.size <= _BLOCK:
+        index = _nth_true_of_few(keys_of(values.reshape(-1)) == threshold, m)
+    else:
+        index = _nth_equal_in_blocks(values.reshape(-1), keys_of, threshold, m)
+    return jnp.where(m == 0, jnp.int32(-1), index)
 
 
 def digit_counts(
@@ -114,24 +118,44 @@ def digit_counts(
         block = jax.lax.dynamic_slice(flat, (i * _BLOCK,), (_BLOCK,))
         return _scatter(counts, digit(block))
 
-    counts = jax.lax.fori_loop(0, blocks, add, counts) if blocks else counts
-    return _scatter(counts, digit(flat[blocks * _BLOCK :]))
+    if blocks:
+        counts = jax.lax.fori_loop(0, blocks, add, counts)
+    rest = flat[blocks * _BLOCK :]
+    return _scatter(counts, digit(rest)) if rest.size else counts
 
 
-def enter_digit(counts: Array, k: Array) -> tuple[Array, Array]:
+def enter_digit(counts: Array, k: Array, route: Route) -> tuple[Array, Array]:
     """The digit in which the k-th largest entry lies, and its rank among that digit's entries."""
     if counts.size > _ROW:
         rows = counts.reshape(-1, _ROW)
-        row, k = enter_digit(jnp.sum(rows, axis=1, dtype=jnp.uint32), k)
-        digit, k = enter_digit(rows[row], k)
+        row, k = enter_digit(jnp.sum(rows, axis=1, dtype=jnp.uint32), k, route)
+        digit, k = enter_digit(rows[row], k, route)
         return row * _ROW + digit, k
-    # Cumulative sums from the highest digit; by comparing, which compiles faster than a cumsum.
+    return (_compare_sums if route == "bisection" else _walk_down)(counts, k)
+
+
+def _walk_down(counts: Array, k: Array) -> tuple[Array, Array]:
+    # Step by step: the smallest program to compile, and 256 steps of a CPU are nothing.
+    def beyond(state: tuple[Array, Array]) -> Array:
+        digit, above = state
+        return above + counts[digit] < k
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        digit, above = state
+        return digit - 1, above + counts[digit]
+
+    start = (jnp.uint32(counts.size - 1), jnp.uint32(0))
+    digit, above = jax.lax.while_loop(beyond, step, start)
+    return digit, k - above
+
+
+def _compare_sums(counts: Array, k: Array) -> tuple[Array, Array]:
     digits = jnp.arange(counts.size)
     from_here = digits[None, :] >= digits[:, None]
     at_least = jnp.sum(jnp.where(from_here, counts[None, :], 0), axis=1, dtype=jnp.uint32)
     # These fall with the digit; for k = 0 the highest digit is entered.
     digit = jnp.sum(at_least >= k, dtype=jnp.uint32) - 1
-    return digit, k - jnp.max(jnp.where(at_least < k, at_least, 0))
+    return digit, k - (at_least[digit] - counts[digit])
 
 
 def _digit(keys: Array, prefix: Array, shift: Array, bits: int) -> Array:
@@ -146,15 +170,28 @@ def _scatter(counts: Array, digit: Array) -> Array:
 
 
 def _compare_counts(digit: Array, bits: int) -> Array:
-    return jnp.stack([jnp.sum(digit == value, dtype=jnp.uint32) for value in range(1 << bits)])
+    # One reduction of many operands: the data are read once, whatever the compiler fuses.
+    operands = tuple((digit == value).astype(jnp.uint32) for value in range(1 << bits))
+    zeros = (jnp.uint32(0),) * len(operands)
+    return jnp.stack(jax.lax.reduce(operands, zeros, _add, tuple(range(digit.ndim))))
+
+
+def _add(a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _nth_true(mask: Array, m: Array, route: Route) -> Array:
-    """The flat index of the m-th true entry; -1 for m = 0."""
     # The first true entry has the largest key, false ones the smallest: 0.
     keys = jnp.where(mask, mask.size - flat_index(mask.shape), 0).astype(jnp.uint32)
     key, _ = kth_largest([keys], _same, m, mask.size.bit_length(), route)
-    return jnp.where(m == 0, jnp.int32(-1), mask.size - key.astype(jnp.int32))
+    return mask.size - key.astype(jnp.int32)
+
+
+def _nth_true_of_few(mask: Array, m: Array) -> Array:
+    """The index of the m-th true entry of at most _ROW**2."""
+    rest = -mask.size % _ROW
+    backwards = jnp.flip(jnp.pad(mask, (0, rest))).astype(jnp.uint32)
+    return mask.size + rest - 1 - enter_digit(backwards, m, "blocks")[0].astype(jnp.int32)
 
 
 def _nth_equal_in_blocks(flat: Array, keys_of: Keys, threshold: Array, m: Array) -> Array:
@@ -163,17 +200,22 @@ def _nth_equal_in_blocks(flat: Array, keys_of: Keys, threshold: Array, m: Array)
     def equal(start: Array) -> Array:
         return keys_of(jax.lax.dynamic_slice(flat, (start,), (_BLOCK,))) == threshold
 
-    def count(i: Array, counts: Array) -> Array:
-        return counts.at[i].set(jnp.sum(equal(i * _BLOCK), dtype=jnp.uint32))
+    def too_few(state: tuple[Array, Array, Array]) -> Array:
+        block, _, upto = state
+        return (upto < m) & (block < blocks)
 
-    counts = jax.lax.fori_loop(0, blocks, count, jnp.zeros(blocks, jnp.uint32))
-    upto = jnp.cumsum(counts, dtype=jnp.uint32)
-    first = jnp.sum(upto < m, dtype=jnp.int32) * _BLOCK
-    before = jnp.max(jnp.where(upto < m, upto, jnp.uint32(0)))
+    def add(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        block, _, upto = state
+        return block + 1, upto, upto + jnp.sum(equal(block * _BLOCK), dtype=jnp.uint32)
+
+    start = (jnp.int32(0), jnp.uint32(0), jnp.uint32(0))
+    block, before, upto = jax.lax.while_loop(too_few, add, start)
+    first = jnp.where(upto < m, blocks, block - 1) * _BLOCK
+    before = jnp.where(upto < m, upto, before)
     # A shorter last block is searched as the one that ends with the array.
-    start = jnp.minimum(first, flat.size - _BLOCK)
-    mask = equal(start) & (start + jnp.arange(_BLOCK) >= first)
-    return jnp.where(m == 0, jnp.int32(-1), start + _nth_true(mask, m - before, "histogram"))
+    begin = jnp.minimum(first, flat.size - _BLOCK)
+    mask = equal(begin) & (begin + jnp.arange(_BLOCK) >= first)
+    return begin + _nth_true_of_few(mask, m - before)
 
 
 def _same(keys: Array) -> Array:

@@ -108,11 +108,7 @@ def keep(values: Array, selection: Selection, index: Array | None = None) -> Arr
         >>> keep(jnp.array([2.0, 1.0, 1.0]), Selection(key_bits(jnp.float32(1)), jnp.int32(1)))
         Array([ True,  True, False], dtype=bool)
     """
-    keys = key_bits(values)
-    index = flat_index(values.shape) if index is None else index.astype(jnp.int32)
-    threshold = jnp.asarray(selection.threshold, jnp.uint32)
-    cut = jnp.asarray(selection.cut, jnp.int32)
-    return (keys > threshold) | ((keys == threshold) & (index <= cut))
+    return _keep(values, selection, index)
 
 
 def common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
@@ -169,6 +165,14 @@ def regrouping(places: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return grouped, np.argsort(grouped)
 
 
+def entries(array: Array) -> list[Array]:
+    """The entries of a 1-D array, by one small program however many there are."""
+    # The index is an operand: a static one would compile a program for each entry.
+    return [
+        jax.lax.dynamic_index_in_dim(array, np.int32(i), keepdims=False) for i in range(array.size)
+    ]
+
+
 def nothing(dtype: np.dtype) -> Selection:
     """The selection that keeps nothing: its threshold is above every key."""
     return Selection(jnp.uint32((1 << key_format(dtype).width) - 1), jnp.int32(-1))
@@ -183,7 +187,7 @@ def clipped_count(k: ArrayLike, size: int) -> Array | np.ndarray:
     k = np.asarray(k)
     if not np.issubdtype(k.dtype, np.integer):
         raise TypeError(f"an integer count k was expected, found {k.dtype}")
-    return np.clip(k.astype(np.int64), 0, size).astype(np.uint32)
+    return np.asarray(np.clip(k.astype(np.int64), 0, size), np.uint32)
 
 
 def checked_size(shape: tuple[int, ...]) -> int:
@@ -211,6 +215,15 @@ def checked_total(shapes: Sequence[tuple[int, ...]]) -> int:
             "select per tensor instead"
         )
     return total
+
+
+@jax.jit
+def _keep(values: Array, selection: Selection, index: Array | None) -> Array:
+    keys = key_bits(values)
+    index = flat_index(values.shape) if index is None else index.astype(jnp.int32)
+    threshold = jnp.asarray(selection.threshold, jnp.uint32)
+    cut = jnp.asarray(selection.cut, jnp.int32)
+    return (keys > threshold) | ((keys == threshold) & (index <= cut))
 
 
 def _widened(keys: Array, dtype: np.dtype) -> Array:

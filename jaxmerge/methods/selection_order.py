@@ -16,6 +16,7 @@ from jaxmerge.methods.selection_keys import (
     checked_total,
     clipped_count,
     common_dtype,
+    entries,
     key_bits,
     key_format,
     keys_as,
@@ -94,14 +95,14 @@ def look_up_over(values: Sequence[Array], orders: Sequence[Array], k: ArrayLike)
         )
     k = clipped_count(k, total)
     filled = [i for i, v in enumerate(values) if v.size]
-    selections = [nothing(v.dtype) for v in values]
-    if filled:
-        thresholds, cuts = _look_up_over(
-            [values[i] for i in filled], [orders[i] for i in filled], k
-        )
-        for i, cut in zip(filled, jnp.unstack(cuts), strict=True):
-            selections[i] = Selection(thresholds[values[i].dtype.name], cut)
-    return selections
+    if not filled:
+        return [nothing(v.dtype) for v in values]
+    thresholds, cuts = _look_up_over([values[i] for i in filled], [orders[i] for i in filled], k)
+    found = dict(zip(filled, entries(cuts), strict=True))
+    return [
+        Selection(thresholds[v.dtype.name], found[i]) if i in found else nothing(v.dtype)
+        for i, v in enumerate(values)
+    ]
 
 
 @jax.jit

@@ -93,7 +93,8 @@ def refine(counts: Array, k: Array, prefix: Array | None = None) -> Refinement:
         ('0x3f800000', 1)
     """
     total = jnp.sum(counts, dtype=jnp.uint32)
-    digit, remaining = enter_digit(counts, jnp.minimum(jnp.asarray(k).astype(jnp.uint32), total))
+    k = jnp.minimum(jnp.asarray(k).astype(jnp.uint32), total)
+    digit, remaining = by_platform(enter_digit, counts, k)
     if prefix is None:
         return Refinement(digit, remaining)
     return Refinement((jnp.asarray(prefix, jnp.uint32) << _LOW_BITS) | digit, remaining)
@@ -105,7 +106,8 @@ def equal_count(values: Array, threshold: Array) -> Array:
     return jnp.sum(key_bits(values) == jnp.asarray(threshold, jnp.uint32), dtype=jnp.uint32)
 
 
-def share(equal_counts: Array, remaining: ArrayLike) -> Array:
+@jax.jit
+def share(equal_counts: Array, remaining: Array) -> Array:
     """Splits the kept entries at the threshold over tensors (or chunks): earlier ones first.
 
     Args:

@@ -126,13 +126,14 @@ def _is_variable(node: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _glob(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
+    return re.compile("".join(map(_expression, parts)), re.DOTALL)
+
+
+def _expression(part: str) -> str:
+    """The regular expression of one part of a glob."""
     special = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile(
-        "".join(
-            special.get(part) or (part if part.startswith("[") and part.endswith("]") else re.escape(part))
-            for part in parts
-        ),
-        re.DOTALL,
-    )
-
-
+    if part in special:
+        return special[part]
+    if part.startswith("[") and part.endswith("]") and len(part) > 2:
+        return "[" + part[1:-1].replace("\\", r"\\").replace("[", r"\[") + "]"
+    return re.escape(part)

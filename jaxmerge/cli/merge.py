@@ -1,0 +1,68 @@
+"""`jaxmerge merge`."""
+
+import enum
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxmerge.cli.arguments import DeviceOption, Imports, Overwrite, RecipePath, Seed, import_all
+from jaxmerge.cli.consoles import notes, say
+from jaxmerge.cli.device import Device, use
+from jaxmerge.cli.progress import progress
+
+
+class Format(enum.StrEnum):
+    """A format of checkpoints."""
+
+    safetensors = "safetensors"
+    torch = "torch"
+
+
+def merge(
+    recipe: RecipePath,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="A folder, or a file (.safetensors; .pt, .pth, .bin, .tar for PyTorch).",
+        ),
+    ],
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    device: DeviceOption = Device.cpu,
+    format: Annotated[
+        Format | None,
+        typer.Option(help="Of the output; default: by OUT's name, a folder being safetensors."),
+    ] = None,
+    imports: Imports = None,
+) -> None:
+    """Merge the checkpoints of a recipe.
+
+    All that headers tell is checked before a tensor is read, every tensor for NaN and infinity as
+    it is read; a merge that fails leaves nothing behind. Tensors are read and written one by one,
+    but for methods that compare whole models. A folder also gets the recipe as it ran, where
+    everything came from, and the other files of the base (or of the first model).
+    """
+    began = time.monotonic()
+    from jaxmerge.recipes import make_plan, read, run
+    from jaxmerge.recipes.output import bytes_text
+
+    use(device)
+    import_all(imports)
+    plan = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
+    notes(plan.notes)
+    with progress("merging", lambda amount: bytes_text(int(amount))) as report:
+        written = run(
+            plan,
+            format=None if format is None else format.value,
+            progress=lambda name, done, total: report(done, total),
+        )
+    merged = sum(tensor.action == "merge" for tensor in plan.tensors)
+    carried = len(plan.tensors) - merged
+    say(
+        f"{written}: {merged} tensors merged by {plan.resolved.method.name}"
+        + (f", {carried} carried over" if carried else "")
+        + f"; {bytes_text(plan.bytes_written)} in {time.monotonic() - began:.1f} s"
+    )
