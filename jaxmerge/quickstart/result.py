@@ -1,0 +1,64 @@
+"""What the quickstart returns, and the table that shows it."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Kind = Literal["source", "ensemble", "method", "best", "reference"]
+
+
+class Row(NamedTuple):
+    """One model, or the ensemble, with its accuracy on the test digits.
+
+    Attributes:
+      name: as tables show it.
+      kind: a "source" of the merge; the "ensemble" of the experts; a "method" at its defaults; the "best" candidate;
+        the "reference" that was trained on all digits.
+      accuracy: share of all test images classified rightly.
+      groups: that share among each expert's digits.
+    """
+
+    name: str
+    kind: Kind
+    accuracy: float
+    groups: tuple[float, ...]
+
+
+class QuickstartResult(NamedTuple):
+    """The quickstart's outcome.
+
+    Attributes:
+      folder: where everything was written.
+      rows: the table, in its order.
+      group_names: each expert's digits, as "0-3".
+      candidates: how many merges were tried.
+      best_method: of the best candidate.
+      best_hyperparams: its numbers, as in its recipe.
+      best_validation: its accuracy on the validation digits.
+      seconds: wall time by phase.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...]
+    group_names: tuple[str, ...]
+    candidates: int
+    best_method: str
+    best_hyperparams: dict[str, float | tuple[float, ...]]
+    best_validation: float
+    seconds: dict[str, float]
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The table's head."""
+        return "accuracy on test digits, %", "all", *self.group_names
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's rows as text, percent with one decimal."""
+        return [
+            (row.name, *(f"{100 * share:.1f}" for share in (row.accuracy, *row.groups)))
+            for row in self.rows
+        ]
+
+    @property
+    def best(self) -> Row:
+        """The row of the best candidate."""
+        return next(row for row in self.rows if row.kind == "best")

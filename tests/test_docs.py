@@ -1,0 +1,159 @@
+"""The documentation is true: its examples run, its recipes resolve, its commands and links exist."""
+
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+
+import jaxmerge as jm
+from jaxmerge.cli.app import app
+from jaxmerge.methods import registry
+from jaxmerge.recipes import RecipeError, parse, resolve
+from jaxmerge.sweeping import import_source
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MERGEKIT_PAGE = ROOT / "docs/from-mergekit.md"
+METHOD_PAGE = ROOT / "docs/your-method.md"
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+class Block(NamedTuple):
+    """A fenced block: its info string, its text, and the line it begins on."""
+
+    info: str
+    text: str
+    line: int
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page registers is gone after the test."""
+    monkeypatch.setattr(registry, "_CONSTRUCTORS", dict(registry._CONSTRUCTORS))
+
+
+@every_page
+def test_python_examples_run_in_order_and_print_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block `text` right after a block `python` is what that one prints."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "example"}
+    found = list(blocks(page))
+    for block, after in zip(found, [*found[1:], None], strict=True):
+        if block.info != "python":
+            continue
+        # Blank lines before the code give tracebacks the page's own line numbers.
+        code = compile("\n" * block.line + block.text, str(page), "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        if after is not None and after.info == "text":
+            assert printed.getvalue() == after.text, f"{page.name}:{after.line}"
+
+
+@every_page
+def test_recipes_resolve(page: Path) -> None:
+    for block in blocks(page):
+        if block.info == "yaml" and "merge_method" in block.text and not _needs_import(block):
+            resolve(parse(block.text, filename=f"{page.name}:{block.line}"))
+
+
+@every_page
+def test_commands_and_their_options_exist(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {
+        name: {option for one in command.params for option in one.opts}
+        for name, command in commands.items()
+    }
+    for words in command_lines(page):
+        if words[0].startswith("-"):
+            continue
+        assert words[0] in known, f"{page.name}: jaxmerge {words[0]}"
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert options <= known[words[0]] | {"--help"}, f"{page.name}: jaxmerge {' '.join(words)}"
+
+
+@every_page
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (?:\w+=\S+ )*([\w-]+)", shell(page), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+
+
+@every_page
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith(("https:", "http:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_methods_lists_the_registered_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("<!-- methods -->")[1]
+    assert sorted(re.findall(r"^\| `(\w+)` ", table, re.MULTILINE)) == jm.methods.names()
+
+
+def test_what_the_page_on_mergekit_calls_refused_is_refused() -> None:
+    refused = [block for block in blocks(MERGEKIT_PAGE) if block.info == "yaml refused"]
+    assert refused
+    for block in refused:
+        for recipe in block.text.split("---\n"):
+            with pytest.raises(RecipeError, match="not supported yet|unknown"):
+                resolve(parse(recipe))
+
+
+def test_the_page_on_methods_gives_a_file_that_a_recipe_can_import(tmp_path: Path) -> None:
+    page = list(blocks(METHOD_PAGE))
+    (tmp_path / "my_methods.py").write_text(page[0].text, encoding="utf-8")
+    import_source(str(tmp_path / "my_methods.py"))
+    (recipe,) = [block for block in page if _needs_import(block)]
+    assert resolve(parse(recipe.text)).method.name not in registry_names_of_the_library()
+
+
+def registry_names_of_the_library() -> set[str]:
+    """The methods whose constructors stand in the library."""
+    return {
+        name
+        for name, constructor in registry._CONSTRUCTORS.items()
+        if constructor.__module__.startswith("jaxmerge.")
+    }
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, in order."""
+    info, begun, lines = "", 0, list[str]()
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.startswith("```"):
+            lines.append(line + "\n")
+        elif begun:
+            yield Block(info, "".join(lines), begun)
+            begun = 0
+        else:
+            info, begun, lines = line.removeprefix("```").strip(), number, []
+    assert not begun, f"{page.name}: a block is not closed"
+
+
+def shell(page: Path) -> str:
+    """All shell lines of a page, continued ones joined."""
+    text = "".join(block.text for block in blocks(page) if block.info == "sh")
+    return text.replace("\\\n", " ")
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words after `jaxmerge` of every command of a page, in blocks and in running text."""
+    text = page.read_text(encoding="utf-8")
+    written = [line for line in shell(page).splitlines() if line.startswith("jaxmerge ")]
+    written += re.findall(r"`(jaxmerge [^`]+)`", text)
+    return [shlex.split(line, comments=True)[1:] for line in written]
+
+
+def _needs_import(block: Block) -> bool:
+    return block.info == "yaml" and "--import" in block.text
