@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Select, Sums
-from jaxmerge.methods.selection import Selection, key_bits, order, select, select_over
+from jaxmerge.methods.selection import (
+    Selection,
+    key_bits,
+    order,
+    select,
+    select_over,
+    select_over_stacked,
+)
 from jaxmerge.methods.selection_host import is_on_host
 
 Prepared = dict[str, Any]
@@ -193,31 +200,43 @@ def _select_model(
     magnitudes = [
         _magnitudes(one, batch.stacked, chunk) for batch, chunk in zip(batches, chunks, strict=True)
     ]
-    places = _places(batches)
     counts = _model_counts(one, batches, values)
     result: list[list[Any]] = [[] for _ in batches]
     for i, ks in enumerate(counts):
-        sizes = _by_name(batches, [found[i] for found in magnitudes])
-        selections = [select_over(sizes, k) for k in ks]
-        for b, batch in enumerate(batches):
-            mine = [
-                [chosen[p] for p, (owner, _) in enumerate(places) if owner == b]
-                for chosen in selections
-            ]
-            position = sorted(
-                range(len(batch.tensor_names)), key=lambda t: batch.tensor_names[t]
-            )
-            result[b].append(
-                tuple(_in_batch_order(chosen, position, batch.stacked) for chosen in mine)
-            )
+        sizes = [found[i] for found in magnitudes]
+        at_hand = all(map(is_on_host, jax.tree.leaves((sizes, ks))))
+        over = _over_tensors if at_hand else _over_stacks
+        chosen = [over(batches, sizes, k) for k in ks]
+        for b in range(len(batches)):
+            result[b].append(tuple(selections[b] for selections in chosen))
     return result
 
 
-def _in_batch_order(chosen: list[Selection], position: list[int], stacked: bool) -> Selection:
-    if not stacked:
-        return chosen[0]
-    back = sorted(range(len(position)), key=position.__getitem__)
-    return _stacked([chosen[p] for p in back])
+def _over_tensors(batches: Sequence[Batch], sizes: list[jax.Array], k: Any) -> list[Selection]:
+    """On the host, tensor by tensor."""
+    places = _places(batches)
+    found = dict(zip(places, select_over(_by_name(batches, sizes), k), strict=True))
+    return [
+        _stacked([found[b, t] for t in range(len(batch.tensor_names))])
+        if batch.stacked
+        else found[b, None]
+        for b, batch in enumerate(batches)
+    ]
+
+
+def _over_stacks(batches: Sequence[Batch], sizes: list[jax.Array], k: Any) -> list[Selection]:
+    """Compiled, batch by batch, so that the program does not grow with depth."""
+    names = [name for batch in batches for name in batch.tensor_names]
+    position = np.argsort(np.argsort(names)).tolist()
+    groups = [
+        size if batch.stacked else size[None] for batch, size in zip(batches, sizes, strict=True)
+    ]
+    return [
+        selection if batch.stacked else jax.tree.map(lambda x: x[0], selection)
+        for batch, selection in zip(
+            batches, select_over_stacked(groups, tuple(position), k), strict=True
+        )
+    ]
 
 
 def _stacked(selections: Sequence[Selection]) -> Selection:

@@ -66,6 +66,7 @@ __all__ = [
     "select",
     "select_compiled",
     "select_over",
+    "select_over_stacked",
     "share",
 ]
 
@@ -174,10 +175,39 @@ def _select_on_host(values: Sequence[Array | np.ndarray], k: int) -> list[Select
     return [Selection(thresholds[v.dtype.name], cut) for v, cut in zip(values, cuts, strict=True)]
 
 
+def select_over_stacked(
+    groups: Sequence[Array], position: tuple[int, ...], k: ArrayLike
+) -> list[Selection]:
+    """Selects the k largest values of several stacks of tensors together, in one compiled kernel.
+
+    Args:
+        groups: float32 [tensors, ...] arrays; axis 0 of each runs over tensors of one shape.
+        position: Static; where each tensor, group after group, stands in the order of ties.
+        k: Integer scalar, may be traced. Limited to 0..the number of entries.
+
+    Returns:
+        For each group a selection of [tensors] thresholds and cuts.
+
+    Example:
+        >>> group = jnp.array([[0.5, 2.0], [0.5, 1.0]])
+        >>> [selection] = select_over_stacked([group], (1, 0), 3)
+        >>> jax.vmap(keep)(group, selection).tolist()
+        [[False, True], [True, True]]
+    """
+    k = clipped_count(k, checked_total([group.shape for group in groups]))
+    threshold, cuts = _select_groups(list(groups), k, position, None)
+    lengths = [len(group) for group in groups]
+    return [
+        Selection(jnp.broadcast_to(threshold, cut.shape), cut)
+        for cut in jnp.split(cuts, np.cumsum(lengths)[:-1])
+    ]
+
+
 def _select_compiled(
     values: list[Array], k: Array | np.ndarray, route: Route | None
 ) -> list[Selection]:
-    thresholds, cuts = _select_groups(values, k, route)
+    threshold, cuts = _select_alike(values, k, route)
+    thresholds = narrowed_to(threshold, common_dtype([v.dtype for v in values]), values)
     return [
         Selection(thresholds[v.dtype.name], cut)
         for v, cut in zip(values, entries(cuts), strict=True)
@@ -186,13 +216,23 @@ def _select_compiled(
 
 # Two results, not two for each tensor: each result of a program is compiled on its own.
 @functools.partial(jax.jit, static_argnames="route")
-def _select_groups(
+def _select_alike(
     values: list[Array], k: Array, route: Route | None
-) -> tuple[dict[str, Array], Array]:
+) -> tuple[Array, Array]:
     places = alike(values)
     groups = [jnp.stack([values[i] for i in same]) for same in places]
     grouped, ranks = regrouping(places)
-    dtype = common_dtype([v.dtype for v in values])
+    threshold, cuts = _select_groups(groups, k, tuple(grouped.tolist()), route)
+    return threshold, cuts[ranks]
+
+
+@functools.partial(jax.jit, static_argnames=("position", "route"))
+def _select_groups(
+    groups: list[Array], k: Array, position: tuple[int, ...], route: Route | None
+) -> tuple[Array, Array]:
+    """The threshold, and the cut of each tensor, group after group."""
+    dtype = common_dtype([group.dtype for group in groups])
+    position_of = np.asarray(position)
 
     def kernel(groups: list[Array], k: Array, *, route: Route) -> tuple[Array, Array]:
         keys_of = keys_as(dtype)
@@ -201,23 +241,23 @@ def _select_groups(
         def cut(values: Array, m: Array) -> Array:
             return nth_equal(values, keys_of, threshold, m, route)
 
-        if len(values) == 1:
-            return threshold, cut(groups[0], kept)[None]
+        if len(position) == 1:
+            return threshold, cut(groups[0][0], kept)[None]
         equal = [
             jnp.sum(keys_of(group) == threshold, tuple(range(1, group.ndim)), dtype=jnp.uint32)
             for group in groups
         ]
-        kept_each = share(jnp.concatenate(equal)[ranks], kept)[grouped]
-        ends = np.cumsum([len(same) for same in places])[:-1]
+        in_order = jnp.concatenate(equal)[np.argsort(position_of)]
+        kept_each = share(in_order, kept)[position_of]
+        ends = np.cumsum([len(group) for group in groups])[:-1]
         cuts = [
             jax.vmap(cut)(group, part)
             for group, part in zip(groups, jnp.split(kept_each, ends), strict=True)
         ]
-        return threshold, jnp.concatenate(cuts)[ranks]
+        return threshold, jnp.concatenate(cuts)
 
     if route is None:
         threshold, cuts = by_platform(kernel, groups, k)
     else:
         threshold, cuts = kernel(groups, k, route=route)
-    threshold = jnp.where(k == 0, nothing(dtype).threshold, threshold)
-    return narrowed_to(threshold, dtype, values), cuts
+    return jnp.where(k == 0, nothing(dtype).threshold, threshold), cuts

@@ -65,7 +65,7 @@ def score_all(models: Sequence[Any], digits: Digits) -> list[Score]:
 def score_ensemble(models: Sequence[Any], digits: Digits) -> Score:
     """Scores the mean of the models' probabilities."""
     logits = _all_logits(models, digits)
-    return _score(np.mean(jax.nn.softmax(logits), axis=0), digits)
+    return _score(np.mean(np.asarray(jax.nn.softmax(logits)), axis=0), digits)
 
 
 def _all_logits(models: Sequence[Any], digits: Digits) -> np.ndarray:

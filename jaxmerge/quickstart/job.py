@@ -21,7 +21,7 @@ from jaxmerge.quickstart.evaluation import Score, evaluate, score_all, score_ens
 from jaxmerge.quickstart.folder import QuickstartError, claim, write_results
 from jaxmerge.quickstart.network import from_checkpoint, to_checkpoint
 from jaxmerge.quickstart.plot import plot_results
-from jaxmerge.quickstart.population import Population, search_population
+from jaxmerge.quickstart.population import METHODS, Population, search_population
 from jaxmerge.quickstart.recipes import (
     default_recipe,
     exact_recipe,
@@ -66,8 +66,11 @@ def run_quickstart(
     Raises:
       QuickstartError: the folder is not empty and not a quickstart's, or the winning recipe does not give the score
         that the search saw.
+      ValueError: too few candidates.
     """
     out = Path(out).expanduser()
+    if candidates < len(METHODS):
+        raise ValueError(f"candidates must be {len(METHODS)} or more, found {candidates}")
     claim(out)
     split, clock = split_digits(), _Clock()
     report(
@@ -91,9 +94,7 @@ def run_quickstart(
         f"{len(split.validation.labels)} validation digits"
     )
     with clock.phase("search"):
-        population = search_population(
-            sources, split.validation, candidates=candidates, seed=seed
-        )
+        population = search_population(sources, split.validation, candidates=candidates, seed=seed)
     best, score = population.best, float(population.accuracy[population.best])
     report(
         f"Write the best candidate, {population.methods[best]} with {100 * score:.1f} % on the "
@@ -193,7 +194,7 @@ def _rows(
         named.append((method + some, "method", from_checkpoint(tensors)))
     name = f"best of {len(population.methods):,}: {population.methods[population.best]}"
     named.append((name, "best", from_checkpoint(winner)))
-    named.append(("trained on all digits", "reference", sources.joint))
+    named.append(("reference: trained on all", "reference", sources.joint))
     scores = score_all([model for _, _, model in named], split.test)
     rows = [_row(n, kind, score) for (n, kind, _), score in zip(named, scores, strict=True)]
     together = score_ensemble(sources.experts, split.test)

@@ -19,7 +19,13 @@ _BARS = {
     "reference": "#e4e8ec",
 }
 _DOTS = ("#d9822b", "#2a9d8f", "#9b5de5")
-_CURVES = ("#6e7781", "#1f6feb", "#2a9d8f", "#d9822b", "#9b5de5")
+_CURVES = (
+    ("#6e7781", "-"),
+    ("#54aeff", "-"),
+    ("#0550ae", "-"),
+    ("#ff8182", (0, (4, 1.5))),
+    ("#a40e26", (0, (4, 1.5))),
+)
 
 
 def plot_results(
@@ -41,8 +47,9 @@ def plot_results(
         "svg.hashsalt": "jaxmerge",
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(11.5, 0.36 * len(rows) + 1.5), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.45, 1))
+        figure = Figure(figsize=(12, 0.36 * len(rows) + 1.7), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.05)
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _bars(left, rows, group_names)
         _candidates(right, population)
         for name, options in (("plot.png", {"dpi": 160}), ("plot.svg", {})):
@@ -63,15 +70,17 @@ def _bars(axes: Any, rows: Sequence[Row], group_names: Sequence[str]) -> None:
             103,
             height,
             f"{100 * row.accuracy:.1f}",
-            va="center",
+            va="center_baseline",
             fontweight="bold" if strong else "normal",
         )
+    # Apart by height, so that equal shares do not hide each other.
+    lifts = np.linspace(0.19, -0.19, len(group_names))
     for i, group in enumerate(group_names):
         shares = [100 * row.groups[i] for row in rows]
         axes.scatter(
             shares,
-            heights,
-            s=26,
+            heights + lifts[i],
+            s=24,
             color=_DOTS[i % len(_DOTS)],
             edgecolor="white",
             linewidth=0.8,
@@ -85,45 +94,56 @@ def _bars(axes: Any, rows: Sequence[Row], group_names: Sequence[str]) -> None:
     axes.set_xlim(0, 112)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("accuracy on test digits, %   (bar: all ten digits; dots: each expert's)")
+    axes.set_xlabel("right on the test digits, %")
+    _title(axes, "Each model on the test digits", "bar: all ten digits")
     axes.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.45, 1.0),
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.995),
         ncols=len(group_names),
         frameon=False,
-        handletextpad=0.2,
+        handletextpad=0.1,
+        columnspacing=1.0,
+        borderaxespad=0.2,
     )
     _clear(axes, "x")
 
 
 def _candidates(axes: Any, population: Population) -> None:
-    order = np.argsort(population.accuracy, kind="stable")[::-1]
-    rank = np.empty(len(order), int)
-    rank[order] = np.arange(1, len(order) + 1)
     names = np.asarray(population.methods)
     accuracy = 100 * population.accuracy
-    for color, name in zip(_CURVES, METHODS, strict=True):
-        chosen = names == name
-        axes.scatter(
-            rank[chosen], accuracy[chosen], s=9, color=color, linewidth=0, alpha=0.8, label=name
-        )
     best = population.best
+    for (color, style), name in zip(_CURVES, METHODS, strict=True):
+        scores = np.sort(accuracy[names == name])[::-1]
+        place = np.linspace(0, 100, len(scores))
+        axes.plot(place, scores, color=color, linestyle=style, linewidth=1.8, label=name)
+    axes.plot(0, accuracy[best], "o", color=_BARS["best"], markersize=8, clip_on=False, zorder=4)
     axes.annotate(
-        f"chosen: {names[best]}\n{accuracy[best]:.1f} % on validation",
-        (rank[best], accuracy[best]),
-        xytext=(0.36, 0.93),
-        textcoords="axes fraction",
-        va="center",
+        f"chosen: {names[best]}, {accuracy[best]:.1f} %",
+        (0, accuracy[best]),
+        xytext=(9, 9),
+        textcoords="offset points",
         fontweight="bold",
         color=_BARS["best"],
-        arrowprops={"arrowstyle": "-", "color": _BARS["best"], "linewidth": 1.0},
     )
-    axes.set_xlim(-0.02 * len(order), 1.02 * len(order))
+    axes.set_xlim(0, 100)
     axes.set_ylim(0, 103)
-    axes.set_xlabel(f"{len(order):,} merge candidates, sorted; one compiled program")
-    axes.set_ylabel("accuracy on validation digits, %")
-    axes.legend(loc="lower left", frameon=False, markerscale=2.2, handletextpad=0.2)
+    axes.set_xlabel("each method's candidates from best to worst, %")
+    axes.set_ylabel("right on the validation digits, %")
+    _title(axes, f"{len(names):,} merges in one compiled program", "random hyperparameters")
+    axes.legend(loc="lower left", frameon=False)
     _clear(axes, "y")
+
+
+def _title(axes: Any, title: str, below: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11.5, pad=22)
+    axes.annotate(
+        below,
+        (0, 1),
+        xytext=(0, 7),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color=_MUTED,
+    )
 
 
 def _clear(axes: Any, grid: str) -> None:

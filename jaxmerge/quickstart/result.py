@@ -62,3 +62,16 @@ class QuickstartResult(NamedTuple):
     def best(self) -> Row:
         """The row of the best candidate."""
         return next(row for row in self.rows if row.kind == "best")
+
+    @property
+    def summary(self) -> str:
+        """What the table says, in a sentence."""
+        base = self.rows[0].accuracy
+        expert = max(row.accuracy for row in self.rows[1:] if row.kind == "source")
+        ensemble = next(row.accuracy for row in self.rows if row.kind == "ensemble")
+        return (
+            f"Merged from {len(self.group_names)} experts into one network: "
+            f"{100 * self.best.accuracy:.1f} % of all digits right. The base has "
+            f"{100 * base:.1f} %, the best expert alone {100 * expert:.1f} %, and the ensemble, "
+            f"which runs {len(self.group_names)} networks, {100 * ensemble:.1f} %."
+        )

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +118,10 @@ def _number(value: Any) -> float | None:
 def _csv(found: Sweep) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*found.grid.labels, "score", *part_names(found)])
-    writer.writerows(_csv_rows(found))
-    return text.getvalue()
-
-
-def _csv_rows(found: Sweep) -> Iterator[list[float]]:
+    # One task's score is the score.
+    parts = part_names(found) if found.parts.shape[1] > 1 else ()
+    writer.writerow([*found.grid.labels, "score", *parts])
     for index in range(len(found.scores)):
-        values = found.grid.points[index].tolist()
-        yield [*values, float(found.scores[index]), *found.parts[index].tolist()]
+        row = [*found.grid.points[index].tolist(), float(found.scores[index])]
+        writer.writerow([*row, *found.parts[index][: len(parts)].tolist()])
+    return text.getvalue()
