@@ -66,7 +66,9 @@ def merge(name: str, paths: dict[str, Path], scratch: Path) -> dict[str, Any]:
             assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype), key
         assert torch.equal(after[key], flat[key]), key
         assert bool(torch.isfinite(after[key]).all()), key
-    vector = [np.concatenate([t[k].numpy().ravel() for k in before]) for t in (before, tuned, after)]
+    vector = [
+        np.concatenate([t[k].numpy().ravel() for k in before]) for t in (before, tuned, after)
+    ]
     base, fine, merged = (v.astype(np.float64) for v in vector)
     delta, moved = fine - base, merged - base
     norm = float(np.linalg.norm(moved))
@@ -86,9 +88,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     paths = checkpoints(arguments.data or package("chgnet", "0.4.2"))
-    print(f"chgnet 0.4.2: {BASE} (base) and {TUNED}; jax {jax.__version__}, torch {torch.__version__}")
+    print(
+        f"chgnet 0.4.2: {BASE} (base) and {TUNED}; jax {jax.__version__}, torch {torch.__version__}"
+    )
     print(f"{platform.platform()}, {platform.machine()}; each method at its defaults, seed 0\n")
-    print(f"{'method':<18}{'seconds':>8}{'entries changed':>17}{'|moved|/|delta|':>17}{'cosine':>8}")
+    print(
+        f"{'method':<18}{'seconds':>8}{'entries changed':>17}{'|moved|/|delta|':>17}{'cosine':>8}"
+    )
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in jm.methods.names():
@@ -98,7 +104,9 @@ def main() -> None:
                 f"{name:<18}{row['seconds']:>8.2f}{row['changed']:>16.1%} {row['moved']:>17.3f}"
                 f"{row['cosine']:>8.3f}"
             )
-    print(f"\n{rows[0]['tensors']} tensors; names, shapes and dtypes as in the source, in both formats")
+    print(
+        f"\n{rows[0]['tensors']} tensors; names, shapes and dtypes as in the source, in both formats"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -9,12 +9,12 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import chex  # noqa: E402
-import hypothesis  # noqa: E402
-import jax  # noqa: E402 - the flags above are read when jax is first imported
-import pytest  # noqa: E402
+import chex
+import hypothesis
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The first example of a property compiles.

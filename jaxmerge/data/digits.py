@@ -37,7 +37,8 @@ def load_digits() -> Digits:
     """Loads all 1,797 digits, in the order of the UCI test set.
 
     Reference:
-      Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+      Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+      Repository, 1998.
 
     Example:
       >>> digits = load_digits()

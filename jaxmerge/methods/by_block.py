@@ -52,7 +52,6 @@ def by_block(methods: Mapping[Label, MergeMethod], labels: Any) -> MergeMethod:
     return _build(tuple((label, methods[label]) for label in blocks), rules)
 
 
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockState:
@@ -65,7 +64,7 @@ class BlockState:
     definition: Any = field(metadata={"static": True})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(items: tuple[tuple[Label, MergeMethod], ...], rules: Rules) -> MergeMethod:
     methods = dict(items)
 
@@ -94,7 +93,9 @@ def _build(items: tuple[tuple[Label, MergeMethod], ...], rules: Rules) -> MergeM
     ) -> Any:
         unknown = [label for label in hyperparams if label not in methods]
         if unknown:
-            raise ValueError(f"by_block has no block {unknown[0]!r}; its blocks are {list(methods)}")
+            raise ValueError(
+                f"by_block has no block {unknown[0]!r}; its blocks are {list(methods)}"
+            )
         merged = {
             label: method.apply(state.states[label], hyperparams.get(label, {}), key)
             for label, method in methods.items()
@@ -153,5 +154,7 @@ def _restrict(layout: Layout, mine: Mapping[str, tuple[int, ...] | None]) -> Lay
     for path, layers in mine.items():
         one = layout.of(path)
         names = one.names if layers is None else tuple(one.names[i] for i in layers)
-        tensors[path] = TensorLayout(names, one.axes, one.shape, one.stacked, one.outputs, one.inputs)
+        tensors[path] = TensorLayout(
+            names, one.axes, one.shape, one.stacked, one.outputs, one.inputs
+        )
     return Layout(tensors)

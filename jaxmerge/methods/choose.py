@@ -64,7 +64,7 @@ class Branch(NamedTuple):
     values: Callable[[Values], Values]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(items: tuple[tuple[str, MergeMethod], ...]) -> MergeMethod:
     needs_base = any(method.base == "required" for _, method in items)
     branches = _branches(items, needs_base)
@@ -145,9 +145,7 @@ def _fused(
         densities = [one.density for one in each if one.density is not None]
         density = None
         if densities:
-            whole = Fraction(
-                jnp.ones_like(densities[0].value), jnp.zeros_like(densities[0].count)
-            )
+            whole = Fraction(jnp.ones_like(densities[0].value), jnp.zeros_like(densities[0].count))
             given = [whole if one.density is None else one.density for one in each]
             density = jax.tree.map(lambda *x: pick(list(x)), *given)
         rescale = None
@@ -206,7 +204,9 @@ def _measure(one: Measure, b: int, branch: Branch) -> Measure:
         return one._replace(name=name)
     return one._replace(
         name=name,
-        statistics=lambda chunk, values, found: statistics(chunk, branch.values(values), seen(found)),
+        statistics=lambda chunk, values, found: statistics(
+            chunk, branch.values(values), seen(found)
+        ),
         finish=lambda sums, values, found: finish(sums, branch.values(values), seen(found)),
     )
 

@@ -50,7 +50,9 @@ def uniform(
     words: list[jax.Array] = []
     for pair in range(math.ceil(models / 2)):
         words += threefry(seeds[pair, 0], seeds[pair, 1], jnp.zeros_like(index), index)
-    return [(word >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24) for word in words[:models]]
+    return [
+        (word >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24) for word in words[:models]
+    ]
 
 
 def threefry(

@@ -285,9 +285,7 @@ def _apply_batch(
     return parts
 
 
-def _from_checkpoint(
-    transform: Transform, shape: tuple[int, ...], tensor: jax.Array
-) -> jax.Array:
+def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.Array) -> jax.Array:
     return TensorLayout(("",), *transform).from_checkpoint(tensor, shape)
 
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ class Hyperparameter:
     share_of: Literal["tensor", "model"] = "tensor"
 
 
-class Fraction(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fraction:
     """A fraction as a leaf function sees it.
 
     Attributes:
@@ -86,7 +88,9 @@ def check(
         if isinstance(spec, Mapping):
             complete[name] = check(spec, given.get(name, {}), models, f"{method}/{name}")
         else:
-            complete[name] = _checked(spec, given.get(name, spec.default), models, f"{method}: {name}")
+            complete[name] = _checked(
+                spec, given.get(name, spec.default), models, f"{method}: {name}"
+            )
     return complete
 
 
@@ -170,22 +174,32 @@ def _checked(spec: Hyperparameter, value: Any, models: int, where: str) -> Any:
             )
         shape = value.values.shape
         if spec.scope == "shared" and len(shape) == 2:
-            raise ValueError(f"{where} is shared by all models, but has values of shape {list(shape)}")
+            raise ValueError(
+                f"{where} is shared by all models, but has values of shape {list(shape)}"
+            )
         if len(shape) == 2 and shape[1] != models:
-            raise ValueError(f"{where} needs {models} values per block (one per model), found {shape[1]}")
+            raise ValueError(
+                f"{where} needs {models} values per block (one per model), found {shape[1]}"
+            )
         inner = value.values if _traced(value.values) else np.asarray(value.values, np.float64)
         _bounds(spec, inner, where)
         return PerBlock(inner, value.rules, value.blocks)
     if isinstance(value, list | tuple):
-        value = jnp.stack(value) if any(_traced(v) for v in value) else np.asarray(value, np.float64)
+        value = (
+            jnp.stack(value) if any(_traced(v) for v in value) else np.asarray(value, np.float64)
+        )
     elif not _traced(value):
         try:
             value = np.asarray(value, np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"{where} needs a number or one number per model, found {value!r}") from None
+            raise ValueError(
+                f"{where} needs a number or one number per model, found {value!r}"
+            ) from None
     shape = value.shape
     if len(shape) > 1:
-        raise ValueError(f"{where} needs a number or one number per model, found shape {list(shape)}")
+        raise ValueError(
+            f"{where} needs a number or one number per model, found shape {list(shape)}"
+        )
     if len(shape) == 1 and spec.scope == "shared":
         raise ValueError(f"{where} is one number shared by all models, found {shape[0]} values")
     if len(shape) == 1 and shape[0] != models:
@@ -200,7 +214,9 @@ def _bounds(spec: Hyperparameter, value: Any, where: str) -> None:
     if not np.all(np.isfinite(value)):
         raise ValueError(f"{where} is not finite: {value.tolist()}")
     if np.any(value < spec.low) or np.any(value > spec.high):
-        raise ValueError(f"{where} must lie in [{spec.low:g}, {spec.high:g}], found {value.tolist()}")
+        raise ValueError(
+            f"{where} must lie in [{spec.low:g}, {spec.high:g}], found {value.tolist()}"
+        )
 
 
 def _traced(value: Any) -> bool:

@@ -22,7 +22,9 @@ def check_count(leaf: LeafMethod, models: int, has_base: bool) -> None:
     counts_base = leaf.base == "source" and has_base
     found = models + counts_base
     if found < low or (high is not None and found > high):
-        wanted = str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        wanted = (
+            str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        )
         counted = ", the base counted" if leaf.base == "source" else ""
         raise ValueError(f"{leaf.name} takes {wanted} model(s){counted}, found {found}")
 
@@ -86,6 +88,10 @@ def _check_same(
         one, other = dtype_of(expected), dtype_of(found)
         for dtype, owner in ((one, reference_name), (other, name)):
             if jnp.issubdtype(dtype, jnp.complexfloating):
-                raise ValueError(f"tensor {path!r} of {owner} is complex ({dtype}), which no method merges")
+                raise ValueError(
+                    f"tensor {path!r} of {owner} is complex ({dtype}), which no method merges"
+                )
         if jnp.issubdtype(one, jnp.floating) != jnp.issubdtype(other, jnp.floating):
-            raise ValueError(f"tensor {path!r}: {reference_name} has dtype {one}, {name} has {other}")
+            raise ValueError(
+                f"tensor {path!r}: {reference_name} has dtype {one}, {name} has {other}"
+            )

@@ -141,4 +141,14 @@ def widen(array: jax.Array) -> jax.Array:
     return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
-__all__ = ["Chunk", "Found", "Hyperparameter", "LeafMethod", "Measure", "Select", "Sums", "Values", "widen"]
+__all__ = [
+    "Chunk",
+    "Found",
+    "Hyperparameter",
+    "LeafMethod",
+    "Measure",
+    "Select",
+    "Sums",
+    "Values",
+    "widen",
+]

@@ -145,9 +145,7 @@ def _statistics(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _finish(
-    one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, found: Any
-) -> Any:
+def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, found: Any) -> Any:
     if not stacked:
         return one.finish(sums, values, found)
     return jax.vmap(one.finish, in_axes=(0, 0 if per_tensor else None, 0))(sums, values, found)
@@ -167,7 +165,9 @@ def _select_tensor(one: Select, batch: Batch, chunk: Chunk, values: BatchValues)
         return _select_batch(magnitudes, counts)
     return [
         tuple(
-            _stacked([select(row, m) for row, m in zip(np.asarray(size), np.asarray(k), strict=True)])
+            _stacked(
+                [select(row, m) for row, m in zip(np.asarray(size), np.asarray(k), strict=True)]
+            )
             for k in ks
         )
         for size, ks in zip(magnitudes, counts, strict=True)
@@ -309,9 +309,7 @@ def _look_up(one: Select, stacked: bool, chunk: Chunk, counts: Any, orders: Any)
 def _at_rank(one: Select, chunk: Chunk, model: int, ranked: jax.Array, k: jax.Array) -> Selection:
     place = ranked[jnp.clip(k.astype(jnp.int32) - 1, 0, chunk.size - 1)].astype(jnp.int32)
     threshold = key_bits(one.values(_element(chunk, place))[model])
-    return Selection(
-        jnp.where(k > 0, threshold, _NOTHING), jnp.where(k > 0, place, jnp.int32(-1))
-    )
+    return Selection(jnp.where(k > 0, threshold, _NOTHING), jnp.where(k > 0, place, jnp.int32(-1)))
 
 
 def _look_up_model(
@@ -321,37 +319,63 @@ def _look_up_model(
     values: Sequence[BatchValues],
     orders: Sequence[list[jax.Array]],
 ) -> list[Any]:
-    starts = _starts(batches)
-    counts = _model_counts(one, batches, values)
-    result: list[list[Any]] = [[] for _ in batches]
-    for i, (ks, ranked) in enumerate(zip(counts, orders[0], strict=True)):
-        chosen: list[list[Any]] = [[] for _ in batches]
-        for k in ks:
-            last = ranked[jnp.maximum(k, 1).astype(jnp.uint32) - 1].astype(jnp.uint32)
-            keys = [
-                _key_at(one, batch.stacked, i, chunk, last, start)
-                for batch, chunk, start in zip(batches, chunks, starts, strict=True)
-            ]
-            threshold = jnp.where(k > 0, functools.reduce(jnp.maximum, keys), _NOTHING)
-            for b, (batch, start) in enumerate(zip(batches, starts, strict=True)):
-                # Tensors before the last kept entry keep all their ties, tensors after it none.
-                begin = jnp.asarray(start)
-                inside = (last - jnp.minimum(begin, last)).astype(jnp.uint32)
-                cut = jnp.minimum(inside, np.uint32(batch.tensor_size - 1)).astype(jnp.int32)
-                cut = jnp.where((last >= begin) & (k > 0), cut, -1)
-                level = jnp.broadcast_to(threshold, cut.shape)
-                selection = Selection(level, cut)
-                if not batch.stacked:
-                    selection = jax.tree.map(lambda x: x[0], selection)
-                chosen[b].append(selection)
-        for b in range(len(batches)):
-            result[b].append(tuple(chosen[b]))
-    return result
+    return _look_up_all(
+        one,
+        tuple(batch.stacked for batch in batches),
+        list(chunks),
+        _starts(batches),
+        _model_counts(one, batches, values),
+        orders[0],
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _look_up_all(
+    one: Select,
+    stacked: tuple[bool, ...],
+    chunks: list[Chunk],
+    starts: list[jax.Array],
+    counts: list[tuple[jax.Array, ...]],
+    orders: list[jax.Array],
+) -> list[list[tuple[Selection, ...]]]:
+    """Per batch and model a tuple of selections, one per count."""
+    by_model = [
+        [_at_model_rank(one, stacked, chunks, starts, i, ranked, k) for k in ks]
+        for i, (ks, ranked) in enumerate(zip(counts, orders, strict=True))
+    ]
+    return [
+        [tuple(selections[b] for selections in chosen) for chosen in by_model]
+        for b in range(len(chunks))
+    ]
+
+
+def _at_model_rank(
+    one: Select,
+    stacked: tuple[bool, ...],
+    chunks: list[Chunk],
+    starts: list[jax.Array],
+    model: int,
+    ranked: jax.Array,
+    k: jax.Array,
+) -> list[Selection]:
+    last = ranked[jnp.maximum(k, 1) - 1].astype(jnp.uint32)
+    keys = [
+        _key_at(one, many, model, chunk, last, start)
+        for many, chunk, start in zip(stacked, chunks, starts, strict=True)
+    ]
+    threshold = jnp.where(k > 0, functools.reduce(jnp.maximum, keys), _NOTHING)
+    selections = []
+    for many, chunk, start in zip(stacked, chunks, starts, strict=True):
+        # Tensors before the last kept entry keep all their ties, tensors after it none.
+        inside = jnp.minimum(last - jnp.minimum(start, last), np.uint32(chunk.size - 1))
+        cut = jnp.where((last >= start) & (k > 0), inside.astype(jnp.int32), -1)
+        selection = Selection(jnp.broadcast_to(threshold, cut.shape), cut)
+        selections.append(selection if many else jax.tree.map(lambda x: x[0], selection))
+    return selections
+
+
 def _key_at(
-    one: Select, stacked: bool, model: int, chunk: Chunk, last: jax.Array, start: np.ndarray
+    one: Select, stacked: bool, model: int, chunk: Chunk, last: jax.Array, start: jax.Array
 ) -> jax.Array:
     """The key of the entry at the model-wide place `last` where it lies in this batch, else 0."""
 
@@ -360,19 +384,17 @@ def _key_at(
         place = jnp.where(inside, last - start, 0).astype(jnp.int32)
         return jnp.where(inside, key_bits(one.values(_element(chunk, place))[model]), 0)
 
-    if not stacked:
-        return single(chunk, jnp.asarray(start[0]))
-    return jnp.max(jax.vmap(single)(chunk, jnp.asarray(start)))
+    return jnp.max(jax.vmap(single)(chunk, start)) if stacked else single(chunk, start[0])
 
 
-def _starts(batches: Sequence[Batch]) -> list[np.ndarray]:
+def _starts(batches: Sequence[Batch]) -> list[jax.Array]:
     """Per batch, where each of its tensors begins in the concatenation by name, uint32 [tensors]."""
     starts = [np.zeros(len(batch.tensor_names), np.uint32) for batch in batches]
     position = 0
     for b, t in _places(batches):
         starts[b][t or 0] = position
         position += batches[b].tensor_size
-    return starts
+    return [jnp.asarray(start) for start in starts]
 
 
 # What both use ------------------------------------------------------------------------------------------------------
@@ -406,7 +428,9 @@ def _model_counts(
 
 
 def _spread(tree: Any, length: int) -> Any:
-    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (length, *jnp.shape(x))), tree)
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.asarray(x)[None], (length, *jnp.shape(x))), tree
+    )
 
 
 def _plain_chunk(batch: Batch) -> Chunk:
@@ -423,5 +447,3 @@ def _element(chunk: Chunk, place: jax.Array) -> Chunk:
 
 def _pick(place: jax.Array, array: jax.Array) -> jax.Array:
     return array[jnp.unravel_index(place, array.shape)] if array.ndim else array
-
-

@@ -34,7 +34,7 @@ class MergeMethod:
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
-    hyperparams: Mapping[str, Any]
+    hyperparams: Mapping[Any, Any]
     name: str = "custom"
     summary: str = ""
     base: Base = "optional"

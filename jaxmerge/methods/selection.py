@@ -216,9 +216,7 @@ def _select_compiled(
 
 # Two results, not two for each tensor: each result of a program is compiled on its own.
 @functools.partial(jax.jit, static_argnames="route")
-def _select_alike(
-    values: list[Array], k: Array, route: Route | None
-) -> tuple[Array, Array]:
+def _select_alike(values: list[Array], k: Array, route: Route | None) -> tuple[Array, Array]:
     places = alike(values)
     groups = [jnp.stack([values[i] for i in same]) for same in places]
     grouped, ranks = regrouping(places)

@@ -42,11 +42,18 @@ def slerp(*, zero_norm: Literal["line", "arc"] = "line") -> MergeMethod:
       Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985.
     """
     hyperparams = {
-        "t": Hyperparameter(0.5, -float("inf"), float("inf"), "place on the arc: 0 base, 1 model", search=(0.0, 1.0))
+        "t": Hyperparameter(
+            0.5, -float("inf"), float("inf"), "place on the arc: 0 base, 1 model", search=(0.0, 1.0)
+        )
     }
     measure = Sums("arc", _products, functools.partial(_angle, zero_norm), needs_values=False)
     leaf = LeafMethod(
-        "slerp", _interpolate, MappingProxyType(hyperparams), (measure,), base="source", models=(2, 2)
+        "slerp",
+        _interpolate,
+        MappingProxyType(hyperparams),
+        (measure,),
+        base="source",
+        models=(2, 2),
     )
     return from_leaf(leaf, summary="Spherical interpolation between two models.")
 

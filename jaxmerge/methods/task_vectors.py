@@ -8,6 +8,7 @@ whose sign agrees with the elected one (consensus), and D normalises by the weig
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -204,9 +205,7 @@ def dare_linear(*, rescale_norm: RescaleNorm = "paper") -> MergeMethod:
 
 
 @register
-def dare_ties(
-    *, rescale_norm: RescaleNorm = "paper", divisor: Divisor = "absolute"
-) -> MergeMethod:
+def dare_ties(*, rescale_norm: RescaleNorm = "paper", divisor: Divisor = "absolute") -> MergeMethod:
     r"""DARE with the sign election of TIES in place of the plain sum.
 
     .. math:: \hat d_i = m_i d_i / p_i, \quad s = \mathrm{sign} \textstyle\sum_i w_i \hat d_i, \quad
@@ -268,7 +267,12 @@ def _member(
     )
     if rescale is not None:
         hyperparams["rescale"] = Hyperparameter(
-            rescale, 0.0, 1.0, "scale survivors up for what was dropped", kind="flag", differentiable=False
+            rescale,
+            0.0,
+            1.0,
+            "scale survivors up for what was dropped",
+            kind="flag",
+            differentiable=False,
         )
 
     def settings(values: Values) -> Settings:
@@ -295,7 +299,7 @@ def _at_least(minimum: int, density: Fraction | None) -> Fraction | None:
     if density is None or not minimum:
         return density
     low = jnp.where(density.value > 0, jnp.uint32(minimum), jnp.uint32(0))
-    return density._replace(count=jnp.maximum(density.count, low))
+    return replace(density, count=jnp.maximum(density.count, low))
 
 
 def _magnitudes(chunk: Chunk) -> list[jax.Array]:
@@ -359,7 +363,9 @@ def _factors(settings: Settings, found: Found, member: Family) -> jax.Array | No
     if settings.by_mass is not True:
         share = settings.density.value
         inverse = jnp.where(share > 0, 1.0 / jnp.where(share > 0, share, 1.0), 1.0)
-        factor = inverse if settings.by_mass is False else jnp.where(settings.by_mass, factor, inverse)
+        factor = (
+            inverse if settings.by_mass is False else jnp.where(settings.by_mass, factor, inverse)
+        )
     return jnp.where(settings.rescale > 0.5, factor, 1.0)
 
 
@@ -401,4 +407,12 @@ def _absolute(settings: Settings) -> jax.Array:
     return jnp.where(settings.absolute, jnp.abs(settings.weight), settings.weight)
 
 
-__all__ = ["Family", "Settings", "dare_linear", "dare_ties", "family_leaf", "task_arithmetic", "ties"]
+__all__ = [
+    "Family",
+    "Settings",
+    "dare_linear",
+    "dare_ties",
+    "family_leaf",
+    "task_arithmetic",
+    "ties",
+]

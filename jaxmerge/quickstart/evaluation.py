@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.data import Digits, split_digits
-from jaxmerge.quickstart.network import NETWORK, from_checkpoint
+from jaxmerge.quickstart import network
 from jaxmerge.quickstart.training import GROUPS
 
 
@@ -41,17 +41,17 @@ def evaluate(params: Mapping[str, Any]) -> jax.Array:
       ValueError: a tensor is missing or has another shape.
 
     Example:
-      >>> from jaxmerge.quickstart.network import PIXELS, to_checkpoint
+      >>> from jaxmerge.quickstart.network import NETWORK, PIXELS, to_checkpoint
       >>> untrained = NETWORK.init(jax.random.key(0), jnp.zeros((1, PIXELS)))
       >>> 0 <= evaluate(to_checkpoint(untrained)) < 0.3
       Array(True, dtype=bool)
     """
-    return fit(from_checkpoint(params), _validation())[0]
+    return fit(network.from_checkpoint(params), _validation())[0]
 
 
 def fit(variables: Any, digits: Digits) -> tuple[jax.Array, jax.Array]:
     """Accuracy and mean negative log-likelihood of Flax variables; may be traced."""
-    logits = NETWORK.apply(variables, jnp.asarray(digits.images))
+    logits = network.logits(variables, digits.images)
     right = jnp.argmax(logits, axis=-1) == digits.labels
     rows = jnp.arange(len(digits.labels))
     return jnp.mean(right), -jnp.mean(jax.nn.log_softmax(logits)[rows, digits.labels])
@@ -70,8 +70,10 @@ def score_ensemble(models: Sequence[Any], digits: Digits) -> Score:
 
 def _all_logits(models: Sequence[Any], digits: Digits) -> np.ndarray:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
-    logits = jax.jit(jax.vmap(NETWORK.apply, in_axes=(0, None)))
-    return np.asarray(logits(stacked, digits.images))
+    return np.asarray(_stacked_logits(stacked, digits.images))
+
+
+_stacked_logits = jax.jit(jax.vmap(network.logits, in_axes=(0, None)))
 
 
 def _score(logits: np.ndarray, digits: Digits) -> Score:

@@ -1,4 +1,4 @@
-"""The quickstart's output folder: whose it is, and files that appear only when they are complete."""
+"""The quickstart's output folder: whose it is, and files that appear complete."""
 
 import json
 import os

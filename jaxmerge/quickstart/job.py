@@ -8,13 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import jaxlib
 import numpy as np
-import optax
 
-from jaxmerge._version import __version__
 from jaxmerge.converters import save_checkpoint
 from jaxmerge.data import Split, split_digits
 from jaxmerge.quickstart.evaluation import Score, evaluate, score_all, score_ensemble
@@ -31,6 +27,8 @@ from jaxmerge.quickstart.recipes import (
 )
 from jaxmerge.quickstart.result import Kind, QuickstartResult, Row
 from jaxmerge.quickstart.training import GROUPS, Sources, group_name, train_sources
+
+_PACKAGES = ("jaxmerge", "jax", "jaxlib", "flax", "optax", "numpy", "matplotlib")
 
 Report = Callable[[str], None]
 
@@ -52,9 +50,9 @@ def run_quickstart(
     The candidate is chosen on the validation digits; the test digits are read once, at the end.
 
     Args:
-      out: a folder: new, empty, or that of an earlier quickstart, whose files are replaced. It gets `sources/`
-        (PyTorch-named safetensors), `recipes/`, `merged/` (one per method), `best/` (the winning checkpoint),
-        `results.json`, `plot.png` and `plot.svg`.
+      out: a folder: new, empty, or that of an earlier quickstart, whose files are
+        replaced. It gets `sources/` (PyTorch-named safetensors), `recipes/`, `merged/` (one per
+        method), `best/` (the winning checkpoint), `results.json`, `plot.png` and `plot.svg`.
       seed: of training, sampling and random methods; equal seeds give equal numbers on one machine.
       report: called with a line of text as each phase begins.
       candidates: how many merges are tried, at least one per method of the population.
@@ -64,8 +62,8 @@ def run_quickstart(
       The table's rows and what else `results.json` holds.
 
     Raises:
-      QuickstartError: the folder is not empty and not a quickstart's, or the winning recipe does not give the score
-        that the search saw.
+      QuickstartError: the folder is not empty and not a quickstart's, or the winning recipe does
+        not give the score that the search saw.
       ValueError: too few candidates.
     """
     out = Path(out).expanduser()
@@ -234,18 +232,12 @@ def _record(
         "population": {
             "candidates": result.candidates,
             "method": list(population.methods),
-            "validation": [round(float(share), 6) for share in population.accuracy],
+            "validation": [float(share) for share in population.accuracy],
         },
         "seconds": result.seconds,
         "versions": {
-            "jaxmerge": __version__,
             "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "flax": flax.__version__,
-            "optax": optax.__version__,
-            "numpy": np.__version__,
-            "matplotlib": version("matplotlib"),
+            **{package: version(package) for package in _PACKAGES},
         },
         "device": {"platform": device.platform, "kind": device.device_kind},
     }

@@ -1,8 +1,8 @@
-"""The quickstart's network: a Flax module, and the table that gives its parameters PyTorch names."""
+"""The quickstart's network: a Flax module, and the table of its PyTorch names."""
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,11 @@ LAYOUT = Layout(
 )
 
 
+def logits(variables: Any, images: jax.Array | np.ndarray) -> jax.Array:
+    """images float32 [n, 64] -> logits float32 [n, 10]."""
+    return cast(jax.Array, NETWORK.apply(variables, images))
+
+
 def to_checkpoint(variables: Any) -> dict[str, jax.Array]:
     """Flax variables as tensors by PyTorch name.
 
@@ -67,7 +72,7 @@ def from_checkpoint(tensors: Mapping[str, Any]) -> Any:
         if name not in tensors:
             raise ValueError(
                 f"the quickstart's network needs tensor {name!r}, which is missing"
-                f"{nearest(name, tensors)}"
+                f"{nearest(name, [other for other in tensors if other not in _names()])}"
             )
         expected = tuple(shape[axis] for axis in tensor.axes or range(len(shape)))
         if np.shape(tensors[name]) != expected:
@@ -84,6 +89,10 @@ def _template() -> tuple[dict[str, tuple[int, ...]], Any]:
     image = jax.ShapeDtypeStruct((1, PIXELS), jnp.float32)
     leaves, definition = flatten(jax.eval_shape(NETWORK.init, jax.random.key(0), image))
     return {path: leaf.shape for path, leaf in leaves.items()}, definition
+
+
+def _names() -> list[str]:
+    return [LAYOUT[path].names[0] for path in _order()]
 
 
 def _order() -> list[str]:

@@ -34,8 +34,9 @@ def plot_results(
     """Writes `plot.png` and `plot.svg`: a bar per row, and the candidates' validation scores."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    settings = {
+    settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": _INK,
@@ -47,18 +48,17 @@ def plot_results(
         "svg.hashsalt": "jaxmerge",
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(12, 0.36 * len(rows) + 1.7), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.05)
+        layout = ConstrainedLayoutEngine(wspace=0.05)
+        figure = Figure(figsize=(12, 0.36 * len(rows) + 1.7), layout=layout)
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _bars(left, rows, group_names)
         _candidates(right, population)
-        for name, options in (("plot.png", {"dpi": 160}), ("plot.svg", {})):
-            write_file(out / name, lambda path, o=options: _save(figure, path, o))
+        write_file(out / "plot.png", lambda path: _save(figure, path, {"Software": None}))
+        write_file(out / "plot.svg", lambda path: _save(figure, path, {"Date": None}))
 
 
-def _save(figure: Any, path: Path, options: dict[str, Any]) -> None:
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(path, facecolor="white", metadata=metadata, **options)
+def _save(figure: Any, path: Path, metadata: dict[str, None]) -> None:
+    figure.savefig(path, dpi=160, facecolor="white", metadata=metadata)
 
 
 def _bars(axes: Any, rows: Sequence[Row], group_names: Sequence[str]) -> None:

@@ -1,10 +1,10 @@
 """The population: many merge candidates, made and scored by one compiled program."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import methods
@@ -48,8 +48,9 @@ def search_population(
 ) -> Population:
     """Samples candidates and scores them all in one compiled program.
 
-    The method is a hyperparameter like any other (`jm.methods.choose`). The first candidates are the methods at their
-    defaults; the others take the methods in turn, and hyperparameters at random from their search ranges.
+    The method is a hyperparameter like any other (`jm.methods.choose`). The first candidates are
+    the methods at their defaults; the others take the methods in turn, and hyperparameters at
+    random from their search ranges.
 
     Args:
       sources: Flax variables of base and experts.
@@ -61,15 +62,7 @@ def search_population(
     method = methods.choose(parts)
     sampled = _sample(parts, len(sources.experts), candidates, np.random.default_rng(seed))
     state = method.init(sources.experts, sources.base, layout=LAYOUT)
-
-    @jax.jit
-    def score(state: Any, values: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def one(candidate: Any) -> tuple[jax.Array, jax.Array]:
-            return fit(method.apply(state, candidate, key), digits)
-
-        return jax.lax.map(one, values, batch_size=min(_BATCH, candidates))
-
-    accuracy, loss = score(state, jax.tree.map(jnp.asarray, sampled), jax.random.key(seed))
+    accuracy, loss = _score(method, state, sampled, jax.random.key(seed), digits)
     names = [METHODS[index] for index in sampled["method"]]
     return Population(
         tuple(names),
@@ -77,6 +70,19 @@ def search_population(
         np.asarray(accuracy),
         np.asarray(loss),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    method: MergeMethod, state: Any, candidates: Any, key: jax.Array, digits: Digits
+) -> tuple[jax.Array, jax.Array]:
+    """[n] accuracies and [n] losses; `candidates` holds the hyperparameters, stacked."""
+
+    def one(hyperparams: Any) -> tuple[jax.Array, jax.Array]:
+        return fit(method.apply(state, hyperparams, key), digits)
+
+    count = len(candidates["method"])
+    return jax.lax.map(one, candidates, batch_size=min(_BATCH, count))
 
 
 def _sample(

@@ -11,8 +11,8 @@ class Row(NamedTuple):
 
     Attributes:
       name: as tables show it.
-      kind: a "source" of the merge; the "ensemble" of the experts; a "method" at its defaults; the "best" candidate;
-        the "reference" that was trained on all digits.
+      kind: a "source" of the merge; the "ensemble" of the experts; a "method" at its defaults;
+        the "best" candidate; the "reference" that was trained on all digits.
       accuracy: share of all test images classified rightly.
       groups: that share among each expert's digits.
     """

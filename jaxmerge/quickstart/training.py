@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jaxmerge.data import Digits
-from jaxmerge.quickstart.network import NETWORK
+from jaxmerge.quickstart.network import NETWORK, logits
 
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))
 BATCH = 32
@@ -45,30 +45,13 @@ def train_sources(
       base_steps, expert_steps: batches of 32 images.
       base_rate, expert_rate: Adam's learning rates.
     """
-    images, labels = jnp.asarray(digits.images), jnp.asarray(digits.labels)
     draw = np.random.default_rng(seed)
     everything = tuple(range(10))
     base_rows = _rows(digits, everything, base_steps, draw)
     rows = np.stack([_rows(digits, group, expert_steps, draw) for group in (*GROUPS, everything)])
-
-    def train(variables: Any, rows: jax.Array, rate: float) -> Any:
-        optimizer = optax.adam(rate)
-
-        def step(carry: tuple[Any, Any], batch: jax.Array) -> tuple[tuple[Any, Any], None]:
-            variables, state = carry
-            gradient = jax.grad(_loss)(variables, images[batch], labels[batch])
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(variables, updates), state), None
-
-        return jax.lax.scan(step, (variables, optimizer.init(variables)), rows)[0][0]
-
-    @jax.jit
-    def train_all(key: jax.Array, base_rows: jax.Array, rows: jax.Array) -> tuple[Any, list[Any]]:
-        base = train(NETWORK.init(key, images[:1]), base_rows, base_rate)
-        tuned = jax.vmap(train, in_axes=(None, 0, None))(base, rows, expert_rate)
-        return base, [jax.tree.map(lambda x, i=i: x[i], tuned) for i in range(len(rows))]
-
-    base, (*experts, joint) = train_all(jax.random.key(seed), base_rows, rows)
+    base, (*experts, joint) = _train_all(
+        jax.random.key(seed), digits, base_rows, rows, base_rate, expert_rate
+    )
     return Sources(base, tuple(experts), joint)
 
 
@@ -81,9 +64,36 @@ def group_name(group: tuple[int, ...]) -> str:
     return f"{group[0]}-{group[-1]}"
 
 
+@jax.jit
+def _train_all(
+    key: jax.Array,
+    digits: Digits,
+    base_rows: jax.Array,
+    rows: jax.Array,
+    base_rate: float,
+    expert_rate: float,
+) -> tuple[Any, list[Any]]:
+    base = _train(NETWORK.init(key, digits.images[:1]), digits, base_rows, base_rate)
+    tuned = jax.vmap(_train, in_axes=(None, None, 0, None))(base, digits, rows, expert_rate)
+    return base, [jax.tree.map(lambda x, i=i: x[i], tuned) for i in range(len(rows))]
+
+
+def _train(variables: Any, digits: Digits, rows: jax.Array, rate: float) -> Any:
+    """One step of Adam per row; rows [steps, BATCH] say which images it sees."""
+    optimizer = optax.adam(rate)
+
+    def step(carry: tuple[Any, Any], batch: jax.Array) -> tuple[tuple[Any, Any], None]:
+        variables, state = carry
+        gradient = jax.grad(_loss)(variables, digits.images[batch], digits.labels[batch])
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(variables, updates), state), None
+
+    return jax.lax.scan(step, (variables, optimizer.init(variables)), rows)[0][0]
+
+
 def _loss(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    logits = NETWORK.apply(variables, images)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(variables, images), labels)
+    return jnp.mean(losses)
 
 
 def _rows(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jaxmerge._version import __version__
 from jaxmerge.converters import CheckpointError, TensorInfo, open_checkpoint, refuse_quantised
 from jaxmerge.converters.folder import TORCH_SUFFIXES
+from jaxmerge.methods import MergeMethod
 from jaxmerge.recipes.errors import PlanError, place
 from jaxmerge.recipes.output import is_unfinished, output_problems
 from jaxmerge.recipes.reference import ModelReference
@@ -86,7 +87,7 @@ class Plan:
         ties: groups of names that all sources tie, and the output ties again.
         bytes_read: from all sources.
         bytes_written: to the output.
-        memory: bytes needed to merge the largest tensor, see `memory_needed`.
+        memory: bytes that merging takes, see `memory_needed`.
         seed: of random methods.
         fingerprint: sha256 (hex) of the resolved recipe, seed, sources' headers, sizes and times of
             change, and the library's version: what decides the output's bytes.
@@ -214,7 +215,7 @@ def make_plan(
         ties=ties,
         bytes_read=sum(source.nbytes for source in sources),
         bytes_written=written,
-        memory=memory_needed(tensors, sources),
+        memory=memory_needed(tensors, sources, whole_model=measures_whole_model(resolved.method)),
         seed=seed,
         fingerprint=fingerprint,
         output=output,
@@ -223,25 +224,40 @@ def make_plan(
     )
 
 
-def memory_needed(tensors: Iterable[PlannedTensor], sources: Sequence[PlannedSource]) -> int:
-    """Returns the bytes that merging one tensor at a time takes at its largest tensor.
+def memory_needed(
+    tensors: Iterable[PlannedTensor],
+    sources: Sequence[PlannedSource],
+    *,
+    whole_model: bool = False,
+) -> int:
+    """Returns the bytes that merging takes.
 
     For a tensor of n elements from S sources: the sources as stored, S float32 copies, two more
     for the result and for scratch (8 n), and the output as stored:
 
         sum_s bytes_s + 4 n (S + 2) + bytes_out
 
+    at the largest tensor; of all tensors together for a method that measures the whole model
+    before it merges the first tensor.
+
     Args:
         tensors: those of the plan.
         sources: those of the plan.
+        whole_model: all tensors are in memory at once.
     """
-    largest = 0
+    needed = [0]
     for tensor in tensors:
         stored = sum(source.tensors[tensor.name].nbytes for source in sources)
         if tensor.action == "merge":
             stored += 4 * math.prod(tensor.shape) * (len(sources) + 2)
-        largest = max(largest, stored + tensor.nbytes)
-    return largest
+        needed.append(stored + tensor.nbytes)
+    return sum(needed) if whole_model else max(needed)
+
+
+def measures_whole_model(method: MergeMethod) -> bool:
+    """Whether a method measures all tensors before it merges the first one."""
+    leaf = method.leaf
+    return leaf is None or any(measure.scope == "model" for measure in leaf.measures)
 
 
 class _Planner:

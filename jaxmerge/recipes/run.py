@@ -22,10 +22,10 @@ from jaxmerge.converters import (
     save_checkpoint,
 )
 from jaxmerge.converters.dtypes import storage_dtype
-from jaxmerge.methods import MergeMethod, merge
+from jaxmerge.methods import merge
 from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.output import UNFINISHED, is_file, mark_unfinished, unmark
-from jaxmerge.recipes.plan import Plan, PlannedTensor
+from jaxmerge.recipes.plan import Plan, PlannedTensor, measures_whole_model
 from jaxmerge.recipes.provenance import write_provenance
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +54,7 @@ def run(plan: Plan, *, format: Format | None = None, progress: Progress | None =
         raise PlanError(["the plan has no output: give make_plan(..., out=...)"])
     _check_unchanged(plan)
     with _output(plan) as target:
-        if _whole_model(plan.resolved.method):
+        if measures_whole_model(plan.resolved.method):
             merged = _merge_in_memory(plan)
         else:
             merged = _merge_by_tensor(plan)
@@ -81,22 +81,19 @@ def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.
     return [loaded[i] for i in plan.models], None if plan.base is None else loaded[plan.base]
 
 
-def _whole_model(method: MergeMethod) -> bool:
-    leaf = method.leaf
-    return leaf is None or any(measure.scope == "model" for measure in leaf.measures)
-
-
 def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """For methods that measure the whole model before they write a tensor."""
     models, base = load_sources(plan)
     untied = [tensor.name for tensor in plan.tensors if tensor.tied_to is None]
+    hyperparameters: dict[str, Any] = dict(plan.resolved.hyperparameters)
     with _wide_enough(plan.tensors):
         merged = merge(
             plan.resolved.method,
             [{name: model[name] for name in untied} for model in models],
             base=None if base is None else {name: base[name] for name in untied},
             key=jax.random.key(plan.seed),
-            **plan.resolved.hyperparameters,
+            dtype=plan.resolved.written_dtype,
+            **hyperparameters,
         )
     for tensor in plan.tensors:
         yield tensor.name, _stored(merged[tensor.tied_to or tensor.name], tensor)
@@ -120,13 +117,15 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             if tensor.action == "carry":
                 yield tensor.name, arrays[0]
                 continue
+            hyperparameters: dict[str, Any] = plan.resolved.hyperparameters_for(name)
             with _wide_enough([tensor]):
                 merged = merge(
                     plan.resolved.method,
                     [{name: arrays[i]} for i in plan.models],
                     base=None if plan.base is None else {name: arrays[plan.base]},
                     key=key,
-                    **plan.resolved.hyperparameters_for(name),
+                    dtype=storage_dtype(tensor.dtype),
+                    **hyperparameters,
                 )
             yield tensor.name, _stored(merged[name], tensor)
 
@@ -261,7 +260,18 @@ def _copy_side_files(plan: Plan, target: Path) -> None:
 
 def _is_weights(file: Path) -> bool:
     weights: Mapping[str, None] = dict.fromkeys(
-        (".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+        (
+            ".safetensors",
+            ".bin",
+            ".pt",
+            ".pth",
+            ".tar",
+            ".ckpt",
+            ".gguf",
+            ".h5",
+            ".msgpack",
+            ".onnx",
+        )
     )
     return file.suffix in weights or file.name.endswith(".index.json") or file.name in GENERATED
 

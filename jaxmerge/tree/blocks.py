@@ -70,7 +70,11 @@ def per_block(values: Any, labels: Any) -> PerBlock:
             raise ValueError(f"no value for block {missing[0]!r}")
         rows = [values[block] for block in blocks]
         traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(rows))
-        values = jnp.stack([jnp.asarray(row) for row in rows]) if traced else np.asarray(rows, np.float64)
+        values = (
+            jnp.stack([jnp.asarray(row) for row in rows])
+            if traced
+            else np.asarray(rows, np.float64)
+        )
     elif not isinstance(values, jax.Array):
         values = np.asarray(values, np.float64)
     if values.ndim not in (1, 2) or values.shape[0] != len(blocks):
@@ -132,9 +136,12 @@ class _Leaf:
 def _is_label(value: Any) -> bool:
     if isinstance(value, str | int | np.integer):
         return True
-    return isinstance(value, Sequence) and len(value) > 0 and all(
-        isinstance(one, str | int | np.integer) for one in value
-    ) and isinstance(value, tuple)
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(isinstance(one, str | int | np.integer) for one in value)
+        and isinstance(value, tuple)
+    )
 
 
 def _static_label(value: Any) -> Label | tuple[Label, ...]:

@@ -34,7 +34,8 @@ def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
       {'layers/0/kernel': 1.0, 'layers/1/kernel': 2.0}
     """
     variables = {
-        path for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
+        path
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
         if _is_variable(leaf)
     }
     entries, definition = jax.tree_util.tree_flatten_with_path(tree)
@@ -83,7 +84,8 @@ def select(tree: Any, pattern: Pattern | Sequence[Pattern]) -> dict[str, Any]:
     """
     patterns = [pattern] if isinstance(pattern, str | re.Pattern) else list(pattern)
     return {
-        path: leaf for path, leaf in flatten(tree)[0].items()
+        path: leaf
+        for path, leaf in flatten(tree)[0].items()
         if any(matches(path, one) for one in patterns)
     }
 

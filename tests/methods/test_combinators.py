@@ -102,7 +102,9 @@ def test_a_population_of_per_block_values_compiles_once() -> None:
     @chex.assert_max_traces(n=1)
     def population(values: jax.Array) -> Any:
         def one(row: jax.Array) -> Any:
-            return method.apply(state, {"density": jm.tree.PerBlock(row, block.rules, block.blocks)})
+            return method.apply(
+                state, {"density": jm.tree.PerBlock(row, block.rules, block.blocks)}
+            )
 
         return jax.vmap(one)(values)
 
@@ -169,7 +171,9 @@ def test_a_sweep_of_256_candidates_compiles_once_and_equals_256_merges() -> None
 
         @jax.jit
         @chex.assert_max_traces(n=1)
-        def sweep(density: jax.Array, weight: jax.Array, method: Any = method, state: Any = state) -> Any:
+        def sweep(
+            density: jax.Array, weight: jax.Array, method: Any = method, state: Any = state
+        ) -> Any:
             def one(d: jax.Array, w: jax.Array) -> Any:
                 return method.apply(state, {"density": d, "weight": w})
 

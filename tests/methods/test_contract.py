@@ -52,7 +52,10 @@ def model(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     draw = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
     return {
-        "nested": {"matrix": draw.pop("matrix"), "twin": jnp.asarray(rng.normal(size=(8, 5)), dtype)},
+        "nested": {
+            "matrix": draw.pop("matrix"),
+            "twin": jnp.asarray(rng.normal(size=(8, 5)), dtype),
+        },
         "list": [draw.pop("conv")],
         **draw,
         "empty": jnp.zeros((0, 3), dtype),
@@ -111,7 +114,10 @@ def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(
-            np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=tolerance, atol=tolerance
+            np.asarray(one, np.float64),
+            np.asarray(other, np.float64),
+            rtol=tolerance,
+            atol=tolerance,
         )
 
 
@@ -165,7 +171,12 @@ def test_numbers_and_arrays_share_one_trace(method: MergeMethod) -> None:
 def _compiled() -> int:
     from jaxmerge.methods import engine, measuring
 
-    functions = (engine._apply_batch, measuring._whole_tensor, measuring._statistics, measuring._look_up)
+    functions = (
+        engine._apply_batch,
+        measuring._whole_tensor,
+        measuring._statistics,
+        measuring._look_up,
+    )
     return sum(function._cache_size() for function in functions)
 
 
@@ -278,7 +289,9 @@ def test_sharded_over_eight_devices_gives_the_same(method: MergeMethod) -> None:
 
     def place(x: jax.Array) -> jax.Array:
         split = x.ndim > 0 and x.shape[0] == 8
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("shards") if split else PartitionSpec()))
+        return jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec("shards") if split else PartitionSpec())
+        )
 
     point = sample(method)
     merged = jm.merge(method, models, base=base, key=key(method), **point)
@@ -351,5 +364,3 @@ def test_constructors_are_cached_and_names_listed() -> None:
     assert set(jm.methods.names()) >= {"linear", "task_arithmetic", "ties", "dare_linear", "slerp"}
     first = jm.methods.choose([jm.methods.linear(), jm.methods.ties()])
     assert first is jm.methods.choose([jm.methods.linear(), jm.methods.ties()])
-
-

@@ -17,7 +17,9 @@ SHAPES = {"a": (7, 9), "b": (5,), "c": (2, 3, 4), "d": ()}
 MODELS = 3
 
 
-def trees(seed: int, ties: bool = False) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+def trees(
+    seed: int, ties: bool = False
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
     """A base and models; with `ties`, task vectors of few distinct values and many zeros."""
     rng = np.random.default_rng(seed)
 

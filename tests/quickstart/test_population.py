@@ -1,4 +1,4 @@
-"""The population: what is sampled, what is best, and that one program makes what one merge makes."""
+"""The population: what is sampled, what is best, and that each candidate is what it says."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ from jaxmerge.recipes import dump, parse, resolve
 
 @pytest.fixture(scope="module")
 def sources() -> Sources:
-    return train_sources(split_digits().train, seed=1, base_steps=20, expert_steps=10)
+    return train_sources(split_digits().train, seed=1, base_steps=30, expert_steps=20)
 
 
 @pytest.fixture(scope="module")
 def population(sources: Sources) -> Population:
-    return search_population(sources, split_digits().validation, candidates=30, seed=7)
+    return search_population(sources, split_digits().validation, candidates=40, seed=7)
 
 
 def test_the_first_candidates_are_the_methods_at_their_defaults(population: Population) -> None:

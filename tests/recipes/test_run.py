@@ -23,7 +23,9 @@ SHAPES = {"fc.weight": (6, 4), "fc.bias": (6,), "head.weight": (3, 6), "scale": 
 
 def tensors(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    drawn = {name: np.asarray(rng.normal(size=shape)).astype(dtype) for name, shape in SHAPES.items()}
+    drawn = {
+        name: np.asarray(rng.normal(size=shape)).astype(dtype) for name, shape in SHAPES.items()
+    }
     return {**drawn, "steps": np.array([seed], np.int64), "none": np.zeros((0, 2), np.float32)}
 
 
@@ -36,7 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def recipe(method: str, *lines: str, models: tuple[str, ...] = ("a", "b"), base: bool = True) -> str:
+def recipe(
+    method: str, *lines: str, models: tuple[str, ...] = ("a", "b"), base: bool = True
+) -> str:
     listed = "\n".join(f"  - model: {name}" for name in models)
     head = f"dialect: jaxmerge\nmerge_method: {method}\nmodels:\n{listed}\n"
     return head + ("base_model: base\n" if base else "") + "\n".join(lines)
@@ -77,7 +81,9 @@ def test_the_output_is_what_merging_in_memory_gives(folder: Path, text: str) -> 
     np.testing.assert_array_equal(written["steps"], donor["steps"])
 
 
-def test_the_folder_holds_weights_recipe_provenance_and_the_donors_other_files(folder: Path) -> None:
+def test_the_folder_holds_weights_recipe_provenance_and_the_donors_other_files(
+    folder: Path,
+) -> None:
     carry_out(RECIPES[1], "out", seed=7)
     assert sorted(os.listdir("out")) == [
         "config.json",
@@ -99,6 +105,15 @@ def test_the_output_has_the_dtype_asked_for(folder: Path, dtype: str) -> None:
     expected = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
     assert written["fc.weight"].dtype == expected
     assert written["steps"].dtype == np.int64
+
+
+@pytest.mark.parametrize("text", [RECIPES[1], RECIPES[2]])
+def test_a_wider_output_is_not_rounded_on_the_way(folder: Path, text: str) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        save_checkpoint(folder / name, tensors(seed, ml_dtypes.bfloat16))
+    carry_out(text + "\ndtype: float32", "out")
+    merged = load_checkpoint("out")["fc.weight"]
+    assert np.any(merged != merged.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_float64_is_merged_in_float64(folder: Path) -> None:
@@ -202,7 +217,9 @@ def test_a_nested_pytorch_file_comes_back_in_its_own_structure(folder: Path) -> 
     torch = pytest.importorskip("torch")
     for seed, name in enumerate(("x", "y")):
         state = {k: torch.from_numpy(v) for k, v in tensors(seed).items()}
-        torch.save({"model": {"state_dict": state, "args": {"width": 6}}, "epoch": 3}, f"{name}.pth.tar")
+        torch.save(
+            {"model": {"state_dict": state, "args": {"width": 6}}, "epoch": 3}, f"{name}.pth.tar"
+        )
     text = recipe("linear", models=("x.pth.tar#model.state_dict", "y.pth.tar"), base=False)
     carry_out(text, "out.pth.tar")
     loaded = torch.load("out.pth.tar", weights_only=True)
