@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from collections.abc import Iterator
 
 import chex
 import hypothesis
@@ -23,6 +22,5 @@ hypothesis.settings.load_profile("compiling")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_trace_counts() -> Iterator[None]:
+def _fresh_trace_counts() -> None:
     chex.clear_trace_counter()
-    yield

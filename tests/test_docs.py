@@ -106,7 +106,7 @@ def test_what_the_page_on_mergekit_calls_refused_is_refused() -> None:
     assert refused
     for block in refused:
         for recipe in block.text.split("---\n"):
-            with pytest.raises(RecipeError, match="not supported yet|unknown"):
+            with pytest.raises(RecipeError, match=r"not supported yet|unknown"):
                 resolve(parse(recipe))
 
 

@@ -18,10 +18,11 @@ from jaxmerge.methods.task_vectors import Family, Settings, family_leaf
 def choose(methods: Sequence[MergeMethod] | Mapping[str, MergeMethod]) -> MergeMethod:
     """Makes the method itself a hyperparameter.
 
-    The hyperparameter "method" is a traced index into `methods`; the methods' own hyperparameters nest under their names.
-    Members of the task-vector family with one scope are one kernel whose mask and consensus are switched, so a population
-    over them costs little more than the dearest of them. Other methods are branches: one candidate runs one branch, but
-    under `vmap` over the index every branch runs, and what methods measure beforehand (norms, orders) is measured for all.
+    The hyperparameter "method" is a traced index into `methods`; the methods' own hyperparameters nest under their
+    names. Members of the task-vector family with one scope are one kernel whose mask and consensus are switched, so a
+    population over them costs little more than the dearest of them. Other methods are branches: one candidate runs one
+    branch, but under `vmap` over the index every branch runs, and what methods measure beforehand (norms, orders) is
+    measured for all.
 
     Args:
       methods: methods with different names, or a mapping from a name of your own to a method.

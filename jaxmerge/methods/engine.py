@@ -1,7 +1,7 @@
 """Runs a leaf method over a whole tree: once and eagerly, or as a state from which candidates are made.
 
-Both ways are lists of batches. `merge_once` makes one batch per leaf and runs jitted leaf functions that equal shapes share;
-`init` stacks leaves of equal shape into one batch, so that a program around `apply` does not grow with depth.
+Both ways are lists of batches. `merge_once` makes one batch per leaf and runs jitted leaf functions that equal shapes
+share; `init` stacks leaves of equal shape into one batch, so that a program around `apply` does not grow with depth.
 """
 
 import functools
@@ -176,10 +176,8 @@ def _batch(
     trees = flat if flat_base is None else [*flat, flat_base]
     leaves = [[jnp.asarray(leaves[m.path]) for m in members] for leaves in trees]
     kinds = tuple((m.layout.transform, m.layout.stacked) for m in members)
-    if stacked or kinds[0][0] != (None, None):
-        joined = _join(kinds, stacked, leaves)
-    else:
-        joined = [leaf for (leaf,) in leaves]
+    as_it_stands = not stacked and kinds[0][0] == (None, None)
+    joined = [leaf for (leaf,) in leaves] if as_it_stands else _join(kinds, stacked, leaves)
     models = joined if flat_base is None else joined[:-1]
     names = np.array([name_words(name) for m in members for name in m.layout.names], np.uint32)
     lengths = [len(m.layout.names) for m in members]

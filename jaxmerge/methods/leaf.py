@@ -1,8 +1,8 @@
 """The leaf interface: a method is written once, for one tensor, and runs in memory, in streams and in populations.
 
-A `LeafMethod` is an elementwise `apply` and, before it, an ordered tuple of measures: what must be known of the whole
-tensor (or the whole model) first. A measure is additive statistics (`Sums`) or an order statistic (`Select`), so that it can
-be taken over chunks of a tensor, over tensors of a model, and over shards of an array.
+A `LeafMethod` is an elementwise `apply` and, before it, an ordered tuple of measures: what must be known of the
+whole tensor (or the whole model) first. A measure is additive statistics (`Sums`) or an order statistic (`Select`), so
+that it can be taken over chunks of a tensor, over tensors of a model, and over shards of an array.
 """
 
 from collections.abc import Callable, Mapping

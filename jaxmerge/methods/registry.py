@@ -17,8 +17,8 @@ _CONSTRUCTORS: dict[str, Constructor] = {}
 def register(constructor: AnyConstructor) -> AnyConstructor:
     """Adds a constructor to the registry under its function's name.
 
-    The constructor takes keyword-only options (the method's static structure) and returns a `MergeMethod`. Equal options
-    give the same object, so that a method may be a static argument of a jitted function without retracing.
+    The constructor takes keyword-only options (the method's static structure) and returns a `MergeMethod`. Equal
+    options give the same object, so that a method may be a static argument of a jitted function without retracing.
 
     Args:
       constructor: a function ``name(*, option=default, ...) -> MergeMethod``; all options hashable.

@@ -54,10 +54,8 @@ def run(plan: Plan, *, format: Format | None = None, progress: Progress | None =
         raise PlanError(["the plan has no output: give make_plan(..., out=...)"])
     _check_unchanged(plan)
     with _output(plan) as target:
-        if measures_whole_model(plan.resolved.method):
-            merged = _merge_in_memory(plan)
-        else:
-            merged = _merge_by_tensor(plan)
+        at_once = measures_whole_model(plan.resolved.method)
+        merged = _merge_in_memory(plan) if at_once else _merge_by_tensor(plan)
         _write(plan, target, _reported(merged, plan, progress), format)
         if not is_file(plan.output):
             _copy_side_files(plan, target)

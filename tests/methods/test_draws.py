@@ -39,7 +39,8 @@ def test_names_models_and_keys_draw_differently_and_uniformly() -> None:
     matrix = np.corrcoef(np.stack(several))
     assert np.max(np.abs(matrix - np.eye(9))) < 0.05
     for one in several:
-        assert float(one.min()) >= 0 and float(one.max()) < 1
+        assert float(one.min()) >= 0
+        assert float(one.max()) < 1
         assert abs(float(one.mean()) - 0.5) < 0.01
 
 
