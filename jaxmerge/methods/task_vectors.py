@@ -78,7 +78,7 @@ def family_leaf(name: str, member: Family, hyperparams: Mapping[str, Any]) -> Le
             Select(
                 "selection",
                 _magnitudes,
-                lambda values, size: _counts(member.settings(values)),
+                lambda values, size: _counts(member.settings(values), size),
                 member.scope,
             )
         )
@@ -311,9 +311,13 @@ def _magnitude(delta: jax.Array) -> jax.Array:
     return jnp.abs(delta).astype(jnp.float32)
 
 
-def _counts(settings: Settings) -> list[tuple[jax.Array, ...]]:
+def _counts(settings: Settings, size: int) -> list[tuple[jax.Array, ...]]:
+    """How many survive; all, where the chosen member does not trim."""
     assert settings.density is not None
-    return [(count,) for count in settings.density.count]
+    counts = settings.density.count
+    if settings.trims is not True:
+        counts = jnp.where(settings.trims, counts, jnp.uint32(size))
+    return [(count,) for count in counts]
 
 
 def _masks(chunk: Chunk, settings: Settings, found: Found, member: Family) -> list[Any]:
@@ -322,14 +326,14 @@ def _masks(chunk: Chunk, settings: Settings, found: Found, member: Family) -> li
     deltas = chunk.deltas()
     if member.trims:
         for i, (selection,) in enumerate(found["selection"]):
-            mask = chunk.keep(_magnitude(deltas[i]), selection)
-            masks[i] = mask if settings.trims is True else mask | ~settings.trims
+            masks[i] = chunk.keep(_magnitude(deltas[i]), selection)
     if member.drops:
         assert settings.density is not None
+        share = settings.density.value
+        if settings.drops is not True:
+            share = jnp.where(settings.drops, share, 1.0)
         for i, draw in enumerate(chunk.uniform()):
-            mask = draw < settings.density.value[i]
-            if settings.drops is not True:
-                mask = mask | ~settings.drops
+            mask = draw < share[i]
             masks[i] = mask if masks[i] is True else masks[i] & mask
     return masks
 
@@ -338,17 +342,20 @@ def _mass(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax
     """[models, 2]: the L1 norm of each task vector and of what survives of it."""
     assert settings.rescale is not None
 
-    def measure(_: None) -> jax.Array:
+    def measure(masks: list[Any] | None) -> jax.Array:
         rows = []
-        masks = _masks(chunk, settings, found, member)
+        masks = _masks(chunk, settings, found, member) if masks is None else masks
         for delta, mask in zip(chunk.deltas(), masks, strict=True):
             size = jnp.abs(delta)
             rows.append(jnp.stack([jnp.sum(size), jnp.sum(jnp.where(mask, size, 0.0))]))
         return jnp.stack(rows)
 
-    # Without rescaling the two passes over the data are not made.
+    # Without rescaling the two passes over the data are not made. Behind a traced choice both
+    # branches run anyway, and masks made inside one send XLA's simplifier in circles.
+    chosen = not (isinstance(settings.trims, bool) and isinstance(settings.drops, bool))
+    masks = _masks(chunk, settings, found, member) if chosen else None
     nothing = jnp.ones((len(chunk.models), 2), chunk.sources()[0].dtype)
-    return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, None)
+    return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, masks)
 
 
 def _factors(settings: Settings, found: Found, member: Family) -> jax.Array | None:
