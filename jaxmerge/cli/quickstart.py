@@ -29,6 +29,7 @@ def quickstart(
     result = run_quickstart(out, seed=seed, report=lambda line: err().print(line, soft_wrap=True))
     say("")
     show(result.header, result.cells(), right=result.header[1:])
+    say(f"\n{result.summary}")
     again = f" --seed {seed}" if seed else ""
     say(f"\n{result.folder}: everything, plot.png included, in {time.monotonic() - began:.0f} s")
     say(f"The best again: jaxmerge merge {out / 'recipes' / 'best.yaml'} OUT{again}")

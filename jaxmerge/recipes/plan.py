@@ -278,6 +278,7 @@ class _Planner:
         for reference in references:
             try:
                 path = reference.locate(self.resolved.recipe.folder)
+                self._note_another(reference, path)
                 identity = (path.resolve(), reference.key)
                 if identity not in known:
                     source = self._open(reference, path)
@@ -291,6 +292,15 @@ class _Planner:
                     recipe = self.resolved.recipe
                     self.problems.append(place(recipe.filename, self._line(reference), str(error)))
         return positions
+
+    def _note_another(self, reference: ModelReference, found: Path) -> None:
+        folder = self.resolved.recipe.folder
+        other = None if folder is None else folder / Path(reference.path).expanduser()
+        if other is not None and other.exists() and other.resolve() != found.resolve():
+            self.notes.append(
+                f"{reference}: {found.absolute()} is used; {other.absolute()}, beside the recipe, "
+                "exists too"
+            )
 
     def match(self) -> None:
         """Compares every source with the donor, tensor by tensor."""

@@ -15,7 +15,7 @@ import pytest
 
 import jaxmerge as jm
 from jaxmerge.converters import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
-from jaxmerge.recipes import PlanError, make_plan, parse, run
+from jaxmerge.recipes import PlanError, make_plan, parse, read, run
 from jaxmerge.recipes.output import UNFINISHED
 
 SHAPES = {"fc.weight": (6, 4), "fc.bias": (6,), "head.weight": (3, 6), "scale": ()}
@@ -228,3 +228,11 @@ def test_a_nested_pytorch_file_comes_back_in_its_own_structure(folder: Path) -> 
     merged = loaded["model"]["state_dict"]["fc.weight"].numpy()
     expected = (tensors(0)["fc.weight"] + tensors(1)["fc.weight"]) / 2
     np.testing.assert_allclose(merged, expected, rtol=1e-6)
+
+
+def test_two_files_of_one_name_are_told_apart_in_a_note(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    save_checkpoint(folder / "sub" / "a", tensors(7))
+    (folder / "sub" / "soup.yaml").write_text(RECIPES[0])
+    plan = make_plan(read("sub/soup.yaml"))
+    assert any("a, beside the recipe, exists too" in note for note in plan.notes)
