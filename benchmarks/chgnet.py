@@ -1,7 +1,7 @@
 """Merges a real pair of PyTorch checkpoints by every operator, from recipes, and reports what changed.
 
-The pair is CHGNet 0.3.0 and its r2scan fine-tune, from the package `chgnet` 0.4.2. Each merge is written as safetensors and
-as a PyTorch file in the source's own structure; torch loads both back, and names, shapes and dtypes must be the source's.
+The pair is CHGNet 0.3.0 and its r2scan fine-tune, from the package `chgnet` 0.4.2. Each merge is written as safetensors
+and as a PyTorch file in the structure of the source; torch loads both back; names, shapes and dtypes must be equal.
 
     python benchmarks/chgnet.py [--data DIR] [--json OUT]
 """

@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
-from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, Select, Sums, Values
+from jaxmerge.methods.leaf import (
+    Base,
+    Chunk,
+    Cuts,
+    Found,
+    LeafMethod,
+    Local,
+    Measure,
+    Select,
+    Sums,
+    Values,
+)
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.task_vectors import Family, Settings, family_leaf
 
@@ -93,7 +104,8 @@ def _build(items: tuple[tuple[str, MergeMethod], ...]) -> MergeMethod:
     hyperparams.update({name: method.hyperparams for name, method in items})
     lows = [branch.leaf.models[0] for branch in branches]
     highs = [branch.leaf.models[1] for branch in branches if branch.leaf.models[1] is not None]
-    sources = [method for _, method in items if method.base == "source"]
+    bases: tuple[Base, ...] = ("required", "source", "optional", "unused")
+    cuts: tuple[Cuts, ...] = ("never", "rows", "elements")
     leaf = LeafMethod(
         "choose",
         apply,
@@ -103,9 +115,10 @@ def _build(items: tuple[tuple[str, MergeMethod], ...]) -> MergeMethod:
             for b, branch in enumerate(branches)
             for one in branch.leaf.measures
         ),
-        base="required" if needs_base else "source" if sources else "unused",
+        base=next(base for base in bases if base in [method.base for _, method in items]),
         models=(max(lows), min(highs) if highs else None),
         random=any(method.random for _, method in items),
+        cuts=next(cut for cut in cuts if cut in [branch.leaf.cuts for branch in branches]),
     )
     return from_leaf(leaf, summary="A traced choice between methods.")
 
@@ -149,7 +162,15 @@ def _fused(
             whole = Fraction(jnp.ones_like(densities[0].value), jnp.zeros_like(densities[0].count))
             given = [whole if one.density is None else one.density for one in each]
             density = jax.tree.map(lambda *x: pick(list(x)), *given)
-        rescale = None
+        skip = epsilon = rescale = None
+        if any(one.skip is not None for one in each):
+            weights = each[0].weight
+            none = Fraction(jnp.zeros_like(weights), jnp.zeros_like(weights, jnp.uint32))
+            skips = [none if one.skip is None else one.skip for one in each]
+            skip = jax.tree.map(lambda *x: pick(list(x)), *skips)
+        if any(one.epsilon is not None for one in each):
+            even = jnp.zeros_like(each[0].weight)
+            epsilon = pick([even if one.epsilon is None else one.epsilon for one in each])
         if any(one.rescale is not None for one in each):
             zero = jnp.zeros((), jnp.float32)
             rescale = pick([zero if one.rescale is None else one.rescale for one in each])
@@ -164,6 +185,8 @@ def _fused(
             rescale,
             pick([one.by_mass for one in each]),
             pick([one.absolute for one in each]),
+            skip,
+            epsilon,
         )
 
     return Family(
@@ -172,6 +195,7 @@ def _fused(
         any(family.drops for _, family in members),
         any(family.rescales for _, family in members),
         scope,
+        any(family.ranks for _, family in members),
     )
 
 
@@ -197,9 +221,16 @@ def _measure(one: Measure, b: int, branch: Branch) -> Measure:
 
     if isinstance(one, Select):
         counts = one.counts
+        if one.reads_found:
+            return one._replace(
+                name=name,
+                counts=lambda values, size, found: counts(branch.values(values), size, seen(found)),
+            )
         return one._replace(
             name=name, counts=lambda values, size: counts(branch.values(values), size)
         )
+    if isinstance(one, Local):
+        return one._replace(name=name)
     statistics, finish = one.statistics, one.finish
     if not one.needs_values:
         return one._replace(name=name)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.methods.selection_keys import flat_index
+
 
 def key_words(key: jax.Array) -> jax.Array:
     """Turns a JAX key of any implementation into the two uint32 words that seed all draws."""
@@ -46,7 +48,7 @@ def uniform(
     Returns:
       `models` float32 arrays of `shape`, multiples of 2**-24.
     """
-    index = flat_index(shape) + offset
+    index = flat_index(shape).astype(jnp.uint32) + offset
     words: list[jax.Array] = []
     for pair in range(math.ceil(models / 2)):
         words += threefry(seeds[pair, 0], seeds[pair, 1], jnp.zeros_like(index), index)
@@ -80,13 +82,3 @@ def threefry(
         high = high + keys[(block + 1) % 3]
         low = low + keys[(block + 2) % 3] + np.uint32(block + 1)
     return high, low
-
-
-def flat_index(shape: tuple[int, ...]) -> jax.Array:
-    """The row-major index of every element, uint32, without raveling (shards stay where they are)."""
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-        stride *= shape[axis]
-    return index

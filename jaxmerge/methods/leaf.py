@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jaxmerge.methods import draws
 from jaxmerge.methods.hyperparameters import Hyperparameter
 from jaxmerge.methods.selection import Selection, keep
+from jaxmerge.methods.selection_keys import flat_index
 
 MeasureScope = Literal["tensor", "model"]
+Cuts = Literal["elements", "rows", "never"]
 Base = Literal["required", "optional", "source", "unused"]
 Values = Mapping[str, Any]
 Found = Mapping[str, Any]
@@ -65,7 +67,8 @@ class Chunk:
 
     def keep(self, values: jax.Array, selection: Selection) -> jax.Array:
         """Which of this chunk's values the selection over the whole tensor keeps."""
-        return keep(values, selection, draws.flat_index(self.shape) + self.offset)
+        index = flat_index(self.shape) + self.offset.astype(jnp.int32)
+        return keep(values, selection, index)
 
     def _base(self) -> jax.Array:
         if self.base is None:
@@ -96,20 +99,40 @@ class Select(NamedTuple):
 
     Attributes:
       name: the key of the result in `found`.
-      values: (chunk) -> one array of nonnegative values per model, elementwise and free of hyperparameters.
+      values: (chunk) -> one array of nonnegative values per model (over one tensor: per ranking, however many there
+        are), elementwise and free of hyperparameters. Sums of products round differently from one program to the next:
+        do without them where exactly k entries must be kept.
       counts: (values, size) -> per model, a tuple of uint32 [] counts.
       scope: over one tensor, or over all tensors of the model (ties to the name that sorts first).
+      rowwise: whether `values` is not elementwise but needs whole rows.
+      reads_found: whether `counts` takes what was measured before as a third argument.
 
     The result is, per model, a tuple of `Selection`, one per count.
     """
 
     name: str
     values: Callable[[Chunk], list[jax.Array]]
-    counts: Callable[[Values, int], list[tuple[jax.Array, ...]]]
+    counts: Callable[..., list[tuple[jax.Array, ...]]]
     scope: MeasureScope = "tensor"
+    rowwise: bool = False
+    reads_found: bool = False
 
 
-Measure = Sums | Select
+class Local(NamedTuple):
+    """What a chunk of whole rows says of itself, free of hyperparameters and draws: ranks, norms, angles within rows.
+
+    Attributes:
+      name: the key of the result in `found`.
+      values: (chunk) -> pytree of arrays that belong to this chunk.
+      scope: always "tensor".
+    """
+
+    name: str
+    values: Callable[[Chunk], Any]
+    scope: Literal["tensor"] = "tensor"
+
+
+Measure = Sums | Select | Local
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +141,16 @@ class LeafMethod:
 
     Attributes:
       name: the registered name.
-      apply: (chunk, values, found) -> the merged chunk in the arithmetic's dtype. Elementwise in the chunk.
+      apply: (chunk, values, found) -> the merged chunk in the arithmetic's dtype. Elementwise in the chunk, or as
+        `cuts` says.
       hyperparams: what `values` holds.
       measures: what `found` holds, in the order in which it is taken; a later measure sees the earlier ones.
       base: "required" for task vectors, "optional" where they are used if there is one, "source" where a base is simply
         the first model, "unused" where it is accepted and ignored.
       models: how few and how many models it takes (a base counts only as a "source"; None for no limit).
       random: whether it draws (a key is then required).
+      cuts: how a tensor may be cut into chunks: between any "elements"; between "rows", that is between indices of the
+        first axis of a tensor of two or more axes; or "never".
     """
 
     name: str
@@ -134,6 +160,7 @@ class LeafMethod:
     base: Base = "required"
     models: tuple[int, int | None] = (1, None)
     random: bool = False
+    cuts: Cuts = "elements"
 
 
 def widen(array: jax.Array) -> jax.Array:
@@ -142,10 +169,13 @@ def widen(array: jax.Array) -> jax.Array:
 
 
 __all__ = [
+    "Base",
     "Chunk",
+    "Cuts",
     "Found",
     "Hyperparameter",
     "LeafMethod",
+    "Local",
     "Measure",
     "Select",
     "Sums",

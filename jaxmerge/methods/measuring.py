@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.methods.leaf import Chunk, LeafMethod, Select, Sums
+from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Select, Sums
 from jaxmerge.methods.selection import (
     Selection,
     key_bits,
@@ -39,7 +39,7 @@ class Batch(Protocol):
 
 
 def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
-    """Does what no hyperparameter touches: sums that need no values, and the sorting orders.
+    """Does what no hyperparameter touches: sums that need no values, what is local, and the sorting orders.
 
     An order costs one argsort and 4 bytes per element and model; a candidate then looks its thresholds up.
     """
@@ -51,6 +51,8 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
             chunks = [_plain_chunk(batch) for batch in batches]
             nothing: list[BatchValues] = [({}, False)] * len(batches)
             results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
+        elif isinstance(one, Local):
+            results = [_local(one, batch.stacked, _plain_chunk(batch)) for batch in batches]
         elif one.scope == "tensor":
             results = [_tensor_order(one, batch) for batch in batches]
         else:
@@ -80,14 +82,29 @@ def measure(
                 results = [kept[one.name] for kept in prepared]
             else:
                 results = _sums(one, batches, chunks, values, found)
+        elif isinstance(one, Local):
+            if prepared is not None:
+                results = [kept[one.name] for kept in prepared]
+            else:
+                results = [
+                    _local(one, batch.stacked, chunk)
+                    for batch, chunk in zip(batches, chunks, strict=True)
+                ]
+        elif one.scope == "tensor":
+            counts = [_counts(one, *item) for item in zip(batches, values, found, strict=True)]
+            if prepared is not None:
+                orders = [kept[one.name] for kept in prepared]
+                results = [
+                    _look_up(one, batch.stacked, *item)
+                    for batch, *item in zip(batches, chunks, counts, orders, strict=True)
+                ]
+            else:
+                results = [
+                    _select_tensor(one, *item) for item in zip(batches, chunks, counts, strict=True)
+                ]
         elif prepared is not None:
             orders = [kept[one.name] for kept in prepared]
-            look_up = _look_up_tensor if one.scope == "tensor" else _look_up_model
-            results = look_up(one, batches, chunks, values, orders)
-        elif one.scope == "tensor":
-            results = [
-                _select_tensor(one, *item) for item in zip(batches, chunks, values, strict=True)
-            ]
+            results = _look_up_model(one, batches, chunks, values, orders)
         else:
             results = _select_model(one, batches, chunks, values)
         for seen, result in zip(found, results, strict=True):
@@ -151,12 +168,19 @@ def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, 
     return jax.vmap(one.finish, in_axes=(0, 0 if per_tensor else None, 0))(sums, values, found)
 
 
+# What a chunk says of itself ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _local(one: Local, stacked: bool, chunk: Chunk) -> Any:
+    return jax.vmap(one.values)(chunk) if stacked else one.values(chunk)
+
+
 # Order statistics, directly -----------------------------------------------------------------------------------------
 
 
-def _select_tensor(one: Select, batch: Batch, chunk: Chunk, values: BatchValues) -> Any:
+def _select_tensor(one: Select, batch: Batch, chunk: Chunk, counts: Any) -> Any:
     magnitudes = _magnitudes(one, batch.stacked, chunk)
-    counts = _counts(one, batch, values)
     if not batch.stacked:
         return [
             tuple(select(size, k) for k in ks) for size, ks in zip(magnitudes, counts, strict=True)
@@ -282,19 +306,6 @@ def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
     return orders
 
 
-def _look_up_tensor(
-    one: Select,
-    batches: Sequence[Batch],
-    chunks: Sequence[Chunk],
-    values: Sequence[BatchValues],
-    orders: Sequence[list[jax.Array]],
-) -> list[Any]:
-    return [
-        _look_up(one, batch.stacked, chunk, _counts(one, batch, given), kept)
-        for batch, chunk, given, kept in zip(batches, chunks, values, orders, strict=True)
-    ]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _look_up(one: Select, stacked: bool, chunk: Chunk, counts: Any, orders: Any) -> Any:
     def single(chunk: Chunk, counts: Any, orders: Any) -> Any:
@@ -308,7 +319,7 @@ def _look_up(one: Select, stacked: bool, chunk: Chunk, counts: Any, orders: Any)
 
 def _at_rank(one: Select, chunk: Chunk, model: int, ranked: jax.Array, k: jax.Array) -> Selection:
     place = ranked[jnp.clip(k.astype(jnp.int32) - 1, 0, chunk.size - 1)].astype(jnp.int32)
-    threshold = key_bits(one.values(_element(chunk, place))[model])
+    threshold = key_bits(_value_at(one, chunk, model, place))
     return Selection(jnp.where(k > 0, threshold, _NOTHING), jnp.where(k > 0, place, jnp.int32(-1)))
 
 
@@ -382,7 +393,7 @@ def _key_at(
     def single(chunk: Chunk, start: jax.Array) -> jax.Array:
         inside = (last >= start) & (last - start < np.uint32(chunk.size))
         place = jnp.where(inside, last - start, 0).astype(jnp.int32)
-        return jnp.where(inside, key_bits(one.values(_element(chunk, place))[model]), 0)
+        return jnp.where(inside, key_bits(_value_at(one, chunk, model, place)), 0)
 
     return jnp.max(jax.vmap(single)(chunk, start)) if stacked else single(chunk, start[0])
 
@@ -408,13 +419,27 @@ def _magnitudes(one: Select, stacked: bool, chunk: Chunk) -> list[jax.Array]:
     return jax.vmap(one.values)(chunk) if stacked else one.values(chunk)
 
 
-def _counts(one: Select, batch: Batch, values: BatchValues) -> Any:
+def _counts(one: Select, batch: Batch, values: BatchValues, found: Mapping[str, Any]) -> Any:
     """Per model a tuple of counts, with a leading axis where the batch is stacked."""
     given, per_tensor = values
+    if one.reads_found:
+        return _counts_found(one, batch.stacked, per_tensor, batch.tensor_size, given, found)
     if per_tensor:
         return jax.vmap(lambda v: one.counts(v, batch.tensor_size))(given)
     counts = one.counts(given, batch.tensor_size)
     return _spread(counts, len(batch.tensor_names)) if batch.stacked else counts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _counts_found(
+    one: Select, stacked: bool, per_tensor: bool, size: int, values: Any, found: Any
+) -> Any:
+    def single(values: Any, found: Any) -> Any:
+        return one.counts(values, size, found)
+
+    if not stacked:
+        return single(values, found)
+    return jax.vmap(single, in_axes=(0 if per_tensor else None, 0))(values, found)
 
 
 def _model_counts(
@@ -436,6 +461,12 @@ def _spread(tree: Any, length: int) -> Any:
 def _plain_chunk(batch: Batch) -> Chunk:
     offset = jnp.zeros(len(batch.tensor_names) if batch.stacked else (), jnp.uint32)
     return Chunk(batch.models, batch.base, None, offset, batch.tensor_size)
+
+
+def _value_at(one: Select, chunk: Chunk, model: int, place: jax.Array) -> jax.Array:
+    if one.rowwise:
+        return _pick(place, one.values(chunk)[model])
+    return one.values(_element(chunk, place))[model]
 
 
 def _element(chunk: Chunk, place: jax.Array) -> Chunk:

@@ -6,7 +6,7 @@ a mask; the routes below give the same one:
 
 - `select`, `select_over`: the front doors, for one tensor and for all tensors of a model together.
 - `select_compiled`: one compiled kernel, for use inside `jit` and `vmap` and on accelerators.
-- `order` and `look_up`, `look_up_over`: sort once, then any number of counts at no cost.
+- `order`: sort once, then the k-th place gives the selection of any k.
 - `histogram`, `refine`, `share`, `cut_position`: over a stream of chunks.
 """
 
@@ -38,7 +38,7 @@ from jaxmerge.methods.selection_keys import (
     nothing,
     regrouping,
 )
-from jaxmerge.methods.selection_order import look_up, look_up_over, order
+from jaxmerge.methods.selection_order import order
 from jaxmerge.methods.selection_stream import (
     Refinement,
     cut_position,
@@ -59,8 +59,6 @@ __all__ = [
     "keep",
     "key_bits",
     "levels",
-    "look_up",
-    "look_up_over",
     "order",
     "refine",
     "select",

@@ -2,8 +2,9 @@
 
     merged = base + scale * sum_i w_i r_i m_i a_i d_i / D,      d_i = model_i - base
 
-m_i is the sparsifier's mask (none, largest magnitudes, random), r_i restores the mass that it took, a_i keeps the entries
-whose sign agrees with the elected one (consensus), and D normalises by the weights in play.
+m_i is the sparsifier's mask (none, largest magnitudes, a band of magnitudes, random, random by rank), r_i restores the
+mass that it took, a_i keeps the entries whose sign agrees with the elected one (consensus), and D normalises by the
+weights in play.
 """
 
 import functools
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
-from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, Select, Sums, Values
+from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Measure, Select, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.registry import register
 
 TrimScope = Literal["model", "tensor"]
+Sparsifier = Literal["none", "magnitude", "band", "random", "rank"]
 RescaleNorm = Literal["paper", "l1"]
 Divisor = Literal["absolute", "signed"]
 
@@ -29,6 +31,25 @@ WEIGHT = Hyperparameter(
 )
 SCALE = Hyperparameter(
     1.0, -float("inf"), float("inf"), "lambda: scale of the merged task vector", search=(0.0, 2.0)
+)
+GAMMA = Hyperparameter(
+    0.01,
+    0.0,
+    1.0,
+    "share of each task vector's entries, the largest, that is dropped",
+    "model",
+    "fraction",
+    False,
+    search=(0.0, 0.1),
+)
+EPSILON = Hyperparameter(
+    0.15,
+    0.0,
+    0.5,
+    "how far the survival of large and small entries differs from the density",
+    "model",
+    differentiable=False,
+    search=(0.0, 0.3),
 )
 
 
@@ -46,6 +67,8 @@ class Settings(NamedTuple):
       rescale: the surviving entries are scaled up.
       by_mass: by the lost L1 norm rather than by 1 / density.
       absolute: D sums |w| rather than w.
+      skip: share of the entries, the largest, that do not survive trimming, [models]; None for none.
+      epsilon: how far random survival leans towards large magnitudes, [models]; None for not at all.
     """
 
     weight: jax.Array
@@ -58,6 +81,8 @@ class Settings(NamedTuple):
     rescale: jax.Array | None
     by_mass: Any
     absolute: Any
+    skip: Fraction | None = None
+    epsilon: jax.Array | None = None
 
 
 class Family(NamedTuple):
@@ -68,11 +93,14 @@ class Family(NamedTuple):
     drops: bool
     rescales: bool
     scope: TrimScope
+    ranks: bool = False
 
 
 def family_leaf(name: str, member: Family, hyperparams: Mapping[str, Any]) -> LeafMethod:
     """Builds the leaf method of one member, or of several members behind a traced choice."""
     measures: list[Measure] = []
+    if member.ranks:
+        measures.append(Local("ranks", _ranks))
     if member.trims:
         measures.append(
             Select(
@@ -98,6 +126,7 @@ def family_leaf(name: str, member: Family, hyperparams: Mapping[str, Any]) -> Le
         tuple(measures),
         base="required",
         random=member.drops,
+        cuts="rows" if member.ranks else "elements",
     )
 
 
@@ -240,11 +269,156 @@ def dare_ties(*, rescale_norm: RescaleNorm = "paper", divisor: Divisor = "absolu
     )
 
 
+@register
+def della_linear(*, rescale_norm: RescaleNorm = "paper") -> MergeMethod:
+    r"""DELLA's sampling by magnitude: large entries survive more often than small ones; then a plain sum.
+
+    .. math:: \hat d_i = m_i d_i / p_i, \ m_i \sim \mathrm{Bernoulli}(p_i), \quad
+       p_i = \rho_i - \epsilon_i + 2 \epsilon_i \frac{\mathrm{rank}}{n - 1}, \quad
+       \theta = \theta_0 + \lambda \textstyle\sum_i w_i \hat d_i / D
+
+    The rank is that of the entry's magnitude within its row, 0 for the smallest, of equal ones the lower index above. A
+    row is all that belongs to one index of the first axis; a vector is one row; an entry alone in its row survives with
+    probability `density`. Where density +- epsilon would leave [0, 1], epsilon shrinks to fit.
+
+    Args:
+      rescale_norm: "paper" divides each entry by its own probability; "l1" gives each tensor back its L1 norm.
+
+    Returns:
+      A `MergeMethod` with hyperparameters weight, density and epsilon [models], scale, normalize, rescale. Needs a base
+      and a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> base, a = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 2.0])}
+      >>> jm.merge("della_linear", [a], base=base, density=0.5, epsilon=0.5, key=jax.random.key(0))["w"]
+      Array([0., 2.], dtype=float32)
+
+    Reference:
+      Deep et al., DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, 2024. Its
+      epsilon is the width of the range of probabilities, twice this one.
+    """
+    return _member(
+        "della_linear",
+        "Drop at random, small magnitudes more often, and rescale, then add.",
+        sparsifier="rank",
+        rescale_norm=rescale_norm,
+        density=0.5,
+        rescale=1.0,
+    )
+
+
+@register
+def della(*, rescale_norm: RescaleNorm = "paper", divisor: Divisor = "absolute") -> MergeMethod:
+    r"""DELLA: sampling by magnitude, then the sign election of TIES.
+
+    .. math:: \hat d_i = m_i d_i / p_i, \quad s = \mathrm{sign} \textstyle\sum_i w_i \hat d_i, \quad
+       \theta = \theta_0 + \lambda \textstyle\sum_i w_i \hat d_i [\mathrm{sign}(w_i \hat d_i) = s] / D
+
+    Args:
+      rescale_norm: see `della_linear`.
+      divisor: see `ties`.
+
+    Returns:
+      A `MergeMethod` with hyperparameters weight, density and epsilon [models], scale, normalize, rescale; see
+      `della_linear`. Needs a base and a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> base, a, b = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 4.0])}, {"w": jnp.array([2.0, -1.0])}
+      >>> jm.merge("della", [a, b], base=base, density=1.0, key=jax.random.key(0))["w"]
+      Array([1.5, 4. ], dtype=float32)
+
+    Reference:
+      Deep et al., DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, 2024.
+    """
+    return _member(
+        "della",
+        "Drop at random, small magnitudes more often, elect signs, average what agrees.",
+        sparsifier="rank",
+        elects=True,
+        rescale_norm=rescale_norm,
+        divisor=divisor,
+        density=0.5,
+        normalize=1.0,
+        rescale=1.0,
+    )
+
+
+@register
+def breadcrumbs() -> MergeMethod:
+    r"""Model Breadcrumbs: drops the largest and the smallest entries of each task vector, adds up the rest.
+
+    .. math:: \hat d_i = d_i [t_i \le \mathrm{rank} |d_i| < t_i + k_i], \quad
+       k_i = \lfloor \rho_i n \rfloor, \ t_i = \min(\lfloor \gamma_i n \rfloor, n - k_i), \quad
+       \theta = \theta_0 + \lambda \textstyle\sum_i w_i \hat d_i / D
+
+    Ranks count from the largest magnitude of the tensor, of equal ones the lower index first. Exactly k entries
+    survive: where density and gamma do not fit together, fewer of the largest are dropped. `rescale` gives each tensor
+    back its L1 norm.
+
+    Returns:
+      A `MergeMethod` with hyperparameters weight, density and gamma [models], scale, normalize, rescale. Needs a base.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, a = {"w": jnp.zeros(4)}, {"w": jnp.array([9.0, -2.0, 0.1, 1.0])}
+      >>> jm.merge("breadcrumbs", [a], base=base, density=0.5, gamma=0.25)["w"]
+      Array([ 0., -2.,  0.,  1.], dtype=float32)
+
+    Reference:
+      Davari and Belilovsky, Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, ECCV 2024.
+    """
+    return _member(
+        "breadcrumbs",
+        "Drop the largest and smallest entries, then add.",
+        sparsifier="band",
+        rescale_norm="l1",
+        density=0.15,
+        rescale=0.0,
+    )
+
+
+@register
+def breadcrumbs_ties(*, divisor: Divisor = "absolute") -> MergeMethod:
+    r"""Model Breadcrumbs with the sign election of TIES in place of the plain sum.
+
+    .. math:: s = \mathrm{sign} \textstyle\sum_i w_i \hat d_i, \quad
+       \theta = \theta_0 + \lambda \textstyle\sum_i w_i \hat d_i [\mathrm{sign}(w_i \hat d_i) = s] / D
+
+    Args:
+      divisor: see `ties`.
+
+    Returns:
+      A `MergeMethod` with hyperparameters weight, density and gamma [models], scale, normalize, rescale; see
+      `breadcrumbs`. Needs a base.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmerge as jm
+      >>> base, a, b = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([-1.0, 2.0])}
+      >>> jm.merge("breadcrumbs_ties", [a, b], base=base, density=1.0)["w"]
+      Array([3., 3.], dtype=float32)
+
+    Reference:
+      Davari and Belilovsky, Model Breadcrumbs, ECCV 2024; Yadav et al., TIES-Merging, NeurIPS 2023.
+    """
+    return _member(
+        "breadcrumbs_ties",
+        "Drop the largest and smallest entries, elect signs, add what agrees.",
+        sparsifier="band",
+        elects=True,
+        rescale_norm="l1",
+        divisor=divisor,
+        density=0.15,
+        rescale=0.0,
+    )
+
+
 def _member(
     name: str,
     summary: str,
     *,
-    sparsifier: Literal["none", "magnitude", "random"] = "none",
+    sparsifier: Sparsifier = "none",
     elects: bool = False,
     scope: TrimScope = "tensor",
     rescale_norm: RescaleNorm = "paper",
@@ -254,13 +428,17 @@ def _member(
     normalize: float = 0.0,
     rescale: float | None = None,
 ) -> MergeMethod:
-    trims, drops = sparsifier == "magnitude", sparsifier == "random"
+    trims, drops = sparsifier in ("magnitude", "band"), sparsifier in ("random", "rank")
     hyperparams: dict[str, Hyperparameter] = {"weight": WEIGHT}
     if density is not None:
         meaning = "share of each task vector's entries that survives"
         hyperparams["density"] = Hyperparameter(
             density, 0.0, 1.0, meaning, "model", "fraction", False, share_of=scope
         )
+    if sparsifier == "band":
+        hyperparams["gamma"] = GAMMA
+    if sparsifier == "rank":
+        hyperparams["epsilon"] = EPSILON
     hyperparams["scale"] = SCALE
     hyperparams["normalize"] = Hyperparameter(
         normalize, 0.0, 1.0, "divide by the weights in play", kind="flag", differentiable=False
@@ -287,9 +465,12 @@ def _member(
             values.get("rescale"),
             rescale_norm == "l1",
             elects and divisor == "absolute",
+            values.get("gamma"),
+            values.get("epsilon"),
         )
 
-    member = Family(settings, trims, drops, rescale is not None and rescale_norm == "l1", scope)
+    by_mass = rescale is not None and rescale_norm == "l1"
+    member = Family(settings, trims, drops, by_mass, scope, sparsifier == "rank")
     return from_leaf(
         family_leaf(name, member, MappingProxyType(hyperparams)), summary=summary, family=member
     )
@@ -312,12 +493,30 @@ def _magnitude(delta: jax.Array) -> jax.Array:
 
 
 def _counts(settings: Settings, size: int) -> list[tuple[jax.Array, ...]]:
-    """How many survive; all, where the chosen member does not trim."""
+    """How many survive, of them on top of how many that do not; all, where the chosen member does not trim."""
     assert settings.density is not None
     counts = settings.density.count
     if settings.trims is not True:
         counts = jnp.where(settings.trims, counts, jnp.uint32(size))
-    return [(count,) for count in counts]
+    if settings.skip is None:
+        return [(count,) for count in counts]
+    skipped = jnp.minimum(settings.skip.count, jnp.uint32(size) - counts)
+    return [(count + skip, skip) for count, skip in zip(counts, skipped, strict=True)]
+
+
+def _ranks(chunk: Chunk) -> list[jax.Array]:
+    """Per model, the rank of each magnitude within its row, from 0 for the smallest to 1; 1/2 alone in a row."""
+    shape = chunk.shape
+    ranks = []
+    for delta in chunk.deltas():
+        rows = jnp.abs(delta).reshape(shape[0] if len(shape) > 1 else 1, -1)
+        last = rows.shape[1] - 1
+        place = jnp.argsort(jnp.argsort(-rows, axis=1, stable=True), axis=1)
+        rank = (
+            (last - place).astype(jnp.float32) / max(last, 1) if last else jnp.full_like(rows, 0.5)
+        )
+        ranks.append(rank.reshape(shape))
+    return ranks
 
 
 def _masks(chunk: Chunk, settings: Settings, found: Found, member: Family) -> list[Any]:
@@ -325,17 +524,30 @@ def _masks(chunk: Chunk, settings: Settings, found: Found, member: Family) -> li
     masks: list[Any] = [True] * len(chunk.models)
     deltas = chunk.deltas()
     if member.trims:
-        for i, (selection,) in enumerate(found["selection"]):
-            masks[i] = chunk.keep(_magnitude(deltas[i]), selection)
+        for i, (kept, *skipped) in enumerate(found["selection"]):
+            size = _magnitude(deltas[i])
+            masks[i] = chunk.keep(size, kept)
+            for top in skipped:
+                masks[i] = masks[i] & ~chunk.keep(size, top)
     if member.drops:
-        assert settings.density is not None
-        share = settings.density.value
-        if settings.drops is not True:
-            share = jnp.where(settings.drops, share, 1.0)
-        for i, draw in enumerate(chunk.uniform()):
-            mask = draw < share[i]
+        shares = _shares(settings, found, member)
+        for i, (draw, share) in enumerate(zip(chunk.uniform(), shares, strict=True)):
+            mask = draw < share
             masks[i] = mask if masks[i] is True else masks[i] & mask
     return masks
+
+
+def _shares(settings: Settings, found: Found, member: Family) -> list[jax.Array]:
+    """Per model, the probability with which an entry survives the draws: one for all, or one for each entry."""
+    assert settings.density is not None
+    share = settings.density.value
+    if settings.drops is not True:
+        share = jnp.where(settings.drops, share, 1.0)
+    if not member.ranks:
+        return list(share)
+    assert settings.epsilon is not None
+    lean = jnp.minimum(settings.epsilon, jnp.minimum(share, 1.0 - share))
+    return [share[i] + lean[i] * (2.0 * rank - 1.0) for i, rank in enumerate(found["ranks"])]
 
 
 def _mass(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax.Array:
@@ -358,22 +570,20 @@ def _mass(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax
     return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, masks)
 
 
-def _factors(settings: Settings, found: Found, member: Family) -> jax.Array | None:
-    """[models]: how much each model's survivors are scaled up."""
+def _factors(settings: Settings, found: Found, member: Family) -> list[jax.Array] | None:
+    """How much each model's survivors are scaled up: one number for all, or one for each entry."""
     if settings.rescale is None:
         return None
-    assert settings.density is not None
-    factor = jnp.ones_like(settings.weight)
+    factors = list(jnp.ones_like(settings.weight))
     if member.rescales:
         whole, kept = found["mass"][:, 0], found["mass"][:, 1]
-        factor = jnp.where(kept > 0, whole / jnp.where(kept > 0, kept, 1.0), 1.0)
+        factors = list(jnp.where(kept > 0, whole / jnp.where(kept > 0, kept, 1.0), 1.0))
     if settings.by_mass is not True:
-        share = settings.density.value
-        inverse = jnp.where(share > 0, 1.0 / jnp.where(share > 0, share, 1.0), 1.0)
-        factor = (
-            inverse if settings.by_mass is False else jnp.where(settings.by_mass, factor, inverse)
-        )
-    return jnp.where(settings.rescale > 0.5, factor, 1.0)
+        for i, share in enumerate(_shares(settings, found, member)):
+            inverse = jnp.where(share > 0, 1.0 / jnp.where(share > 0, share, 1.0), 1.0)
+            mixed = settings.by_mass is not False
+            factors[i] = jnp.where(settings.by_mass, factors[i], inverse) if mixed else inverse
+    return [jnp.where(settings.rescale > 0.5, factor, 1.0) for factor in factors]
 
 
 def _merge(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax.Array:
@@ -417,8 +627,12 @@ def _absolute(settings: Settings) -> jax.Array:
 __all__ = [
     "Family",
     "Settings",
+    "breadcrumbs",
+    "breadcrumbs_ties",
     "dare_linear",
     "dare_ties",
+    "della",
+    "della_linear",
     "family_leaf",
     "task_arithmetic",
     "ties",

@@ -8,7 +8,13 @@ from typing import Any
 
 from jaxmerge import methods
 from jaxmerge.methods import MergeMethod
-from jaxmerge.recipes.dialect import MERGEKIT, PARAMETERS, library_name, mergekit_name
+from jaxmerge.recipes.dialect import (
+    MERGEKIT,
+    PARAMETERS,
+    MethodDialect,
+    library_name,
+    mergekit_name,
+)
 from jaxmerge.recipes.errors import Problem, RecipeError, did_you_mean, place
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.schema import Recipe, Setting
@@ -215,7 +221,7 @@ class _Resolver:
         if not self.strict:
             if options:
                 self._problem("`options` needs `dialect: jaxmerge`", "options")
-            options = dict(self.peer.options) if self.peer else {}
+            options = self.peer.options_for(self._switches(self.peer)) if self.peer else {}
             if self.peer is None:
                 self._note(
                     f"mergekit has no method {name!r}: the library's is meant", "merge_method"
@@ -231,6 +237,14 @@ class _Resolver:
         except (TypeError, ValueError) as error:
             self._problem(str(error), "options", *list(options)[:1])
             raise RecipeError(self.problems, filename=self.recipe.filename) from error
+
+    def _switches(self, peer: MethodDialect) -> dict[str, bool]:
+        """Returns the flags of the recipe that choose the structure of the method."""
+        given = {k: v for k, v in self.recipe.parameters.items() if k in peer.switches}
+        for key, value in given.items():
+            if value not in (0.0, 1.0):
+                self._problem(f"{key!r} is a flag (true or false)", "parameters", key)
+        return {key: value == 1.0 for key, value in given.items()}
 
     # The models
 
@@ -341,9 +355,17 @@ class _Resolver:
                 return name
             valid: list[str] = list(method.hyperparams)
         else:
+            if key in self.peer.switches:
+                if where[0] == "models":
+                    self._problem(
+                        f"{key!r} is shared by all models: give it under the top-level `parameters`",
+                        *where,
+                    )
+                return None
             valid = [k for k in self.peer.parameters if library_name(k) in method.hyperparams]
             if key in valid:
                 return name
+            valid += self.peer.switches
             if mergekit_name(key) != key and mergekit_name(key) in valid:
                 self._problem(f"mergekit calls {key!r} {mergekit_name(key)!r}", *where)
                 return None

@@ -27,8 +27,6 @@ from jaxmerge.methods.selection import (
     keep,
     key_bits,
     levels,
-    look_up,
-    look_up_over,
     order,
     refine,
     select,
@@ -141,13 +139,15 @@ def test_count_refuses_sizes_beyond_32_bits_and_unknown_roundings() -> None:
 def test_every_route_keeps_what_a_stable_sort_keeps(distribution: str, dtype: type) -> None:
     values = sample(distribution, (5, 300, 2), dtype)
     device = jnp.asarray(values)
-    positions = order(device)
+    positions = np.asarray(order(device))
     for k in counts_to_try(values.size):
         selection = select(values, k)
         assert_keeps(values, selection, k)
         for route in ROUTES:
             chex.assert_trees_all_equal(select_compiled(device, k, route=route), selection)
-        chex.assert_trees_all_equal(look_up(device, positions, k), selection)
+        survives = np.zeros(values.size, bool)
+        survives[positions[: max(k, 0)]] = True
+        chex.assert_trees_all_equal(keep(device, selection), survives.reshape(values.shape))
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -194,7 +194,8 @@ def test_scalars_and_empty_arrays_are_selected_from() -> None:
         for found in (select(scalar, k), select_compiled(scalar, k)):
             assert bool(keep(scalar, found)) == (k > 0)
         empty = jnp.zeros((3, 0), jnp.bfloat16)
-        for found in (select(empty, k), select_compiled(empty, k), look_up(empty, order(empty), k)):
+        assert order(empty).shape == (0,)
+        for found in (select(empty, k), select_compiled(empty, k)):
             assert keep(empty, found).shape == (3, 0)
 
 
@@ -244,11 +245,11 @@ def test_vmap_over_counts_alone_equals_a_loop() -> None:
         chex.assert_trees_all_equal(one, select(values, int(k)))
 
 
-def test_the_default_route_and_look_ups_work_under_vmap() -> None:
+def test_the_default_route_and_orders_work_under_vmap() -> None:
     values = jnp.asarray(sample("ties", (3, 200), np.float32))
     ks = jnp.array([0, 57, 200])
     direct = jax.vmap(select)(values, ks)
-    chex.assert_trees_all_equal(direct, jax.vmap(look_up)(values, jax.vmap(order)(values), ks))
+    chex.assert_trees_all_equal(jax.vmap(order)(values), jnp.stack([order(v) for v in values]))
     masks = jax.vmap(keep)(values, direct)
     assert masks.sum(1).tolist() == [0, 57, 200]
 
@@ -351,16 +352,13 @@ def model(distribution: str, types: Sequence[type]) -> list[np.ndarray]:
 @pytest.mark.parametrize("distribution", ["normal", "ties", "special", "constant"])
 def test_all_tensors_together_are_selected_as_one(distribution: str, types: list[type]) -> None:
     values = [jnp.asarray(v) for v in model(distribution, types)]
-    orders = [order(v) for v in values]
     compiled = jax.jit(select_over)
-    looked_up = jax.jit(look_up_over)
     total = sum(v.size for v in values)
     for k in [0, 1, 2, 17, total // 2, total - 1, total, total + 9]:
         selections = select_over(values, k)
         masks = [keep(v, s) for v, s in zip(values, selections, strict=True)]
         chex.assert_trees_all_equal(masks, kept([np.asarray(v) for v in values], k))
         chex.assert_trees_all_equal(compiled(values, np.uint32(k)), selections)
-        chex.assert_trees_all_equal(looked_up(values, orders, np.uint32(k)), selections)
 
 
 def test_the_host_route_crosses_tensors_and_blocks() -> None:
@@ -380,7 +378,6 @@ def test_models_beyond_32_bit_counts_are_refused() -> None:
 
 def test_no_tensors_at_all_is_no_error() -> None:
     assert select_over([], 3) == []
-    assert look_up_over([], [], 3) == []
 
 
 # --- streams
