@@ -5,11 +5,13 @@
 #   PYTHON=python3.12     which Python (3.11 or newer)
 #   VENV=.venv            where the environment goes
 #   OUT=folder            where the quickstart writes
+#   WORKERS=auto          how many processes run the tests (auto: one per core)
 #   PYTEST="-k ties -x"   arguments for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= jaxmerge-quickstart
+WORKERS ?= auto
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ quickstart: $(VENV)/.package
 	$(BIN)/jaxmerge quickstart "$(OUT)"
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 $(PYTEST)
 
 # The same with PyTorch, so that the tests that need it run too.
 test-torch: $(VENV)/.torch

@@ -44,7 +44,7 @@ def karcher() -> MergeMethod:
         "max_iter": Hyperparameter(
             10.0,
             0.0,
-            float("inf"),
+            1e9,
             "how many steps at most",
             kind="index",
             differentiable=False,
