@@ -17,7 +17,12 @@ def test_the_table_goes_to_stdout_and_the_phases_to_stderr(
     def run_quickstart(out: Path, *, seed: int, report: Any) -> QuickstartResult:
         given.append((out, seed))
         report("Train a base")
-        rows = (Row("base", "source", 0.5, (0.25, 0.75)), Row("best", "best", 0.9, (0.9, 0.9)))
+        rows = (
+            Row("base", "source", 0.5, (0.25, 0.75)),
+            Row("expert", "source", 0.6, (0.4, 0.8)),
+            Row("ensemble", "ensemble", 0.8, (0.8, 0.8)),
+            Row("best", "best", 0.9, (0.9, 0.9)),
+        )
         return QuickstartResult(out, rows, ("0-4", "5-9"), 256, "ties", {"density": 0.5}, 0.9, {})
 
     monkeypatch.setattr(quickstart, "run_quickstart", run_quickstart)
@@ -28,6 +33,7 @@ def test_the_table_goes_to_stdout_and_the_phases_to_stderr(
     assert result.stderr == "Train a base\n"
     words = [line.split() for line in result.stdout.splitlines()]
     assert ["base", "50.0", "25.0", "75.0"] in words
+    assert "the best expert alone 60.0 %" in " ".join(result.stdout.split())
     assert "jaxmerge merge jaxmerge-quickstart/recipes/best.yaml OUT --seed 3" in result.stdout
     call("quickstart", "elsewhere")
     assert given[-1] == (Path("elsewhere"), 0)
