@@ -35,8 +35,10 @@ def register(constructor: AnyConstructor) -> AnyConstructor:
       True
     """
     name = constructor.__name__
-    if name in _CONSTRUCTORS:
-        raise ValueError(f"a merge method {name!r} is registered already")
+    taken = _CONSTRUCTORS.get(name)
+    # A module that is loaded again registers its own methods again.
+    if taken is not None and taken.__module__ != constructor.__module__:
+        raise ValueError(f"a merge method {name!r} is registered already, by {taken.__module__}")
     for parameter in inspect.signature(constructor).parameters.values():
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
             raise ValueError(
