@@ -37,9 +37,9 @@ def model_stock(
 
     Example:
       >>> import jax.numpy as jnp, jaxmerge as jm
-      >>> base, a, b = {"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])}
-      >>> print(jm.merge("model_stock", [a, b], base=base)["w"].round(2))
-      [0.83 0.41]
+      >>> base, a, b = {"w": jnp.zeros(2)}, {"w": jnp.array([5.0, 0.0])}, {"w": jnp.array([3.0, 4.0])}
+      >>> jm.merge("model_stock", [a, b], base=base)["w"].round(1)
+      Array([3. , 1.5], dtype=float32)
 
     Reference:
       Jang et al., Model Stock: All we need is just a few fine-tuned models, ECCV 2024.
