@@ -48,6 +48,8 @@ def uniform(
     Returns:
       `models` float32 arrays of `shape`, multiples of 2**-24.
     """
+    # Without the barrier XLA's simplifier reorders the rounds' additions of the seeds in circles.
+    seeds = jax.lax.optimization_barrier(seeds)
     index = flat_index(shape).astype(jnp.uint32) + offset
     words: list[jax.Array] = []
     for pair in range(math.ceil(models / 2)):

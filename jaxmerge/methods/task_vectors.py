@@ -554,20 +554,17 @@ def _mass(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax
     """[models, 2]: the L1 norm of each task vector and of what survives of it."""
     assert settings.rescale is not None
 
-    def measure(masks: list[Any] | None) -> jax.Array:
+    def measure(_: None) -> jax.Array:
         rows = []
-        masks = _masks(chunk, settings, found, member) if masks is None else masks
+        masks = _masks(chunk, settings, found, member)
         for delta, mask in zip(chunk.deltas(), masks, strict=True):
             size = jnp.abs(delta)
             rows.append(jnp.stack([jnp.sum(size), jnp.sum(jnp.where(mask, size, 0.0))]))
         return jnp.stack(rows)
 
-    # Without rescaling the two passes over the data are not made. Behind a traced choice both
-    # branches run anyway, and masks made inside one send XLA's simplifier in circles.
-    chosen = not (isinstance(settings.trims, bool) and isinstance(settings.drops, bool))
-    masks = _masks(chunk, settings, found, member) if chosen else None
+    # Without rescaling the two passes over the data are not made.
     nothing = jnp.ones((len(chunk.models), 2), chunk.sources()[0].dtype)
-    return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, masks)
+    return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, None)
 
 
 def _factors(settings: Settings, found: Found, member: Family) -> list[jax.Array] | None:
