@@ -38,11 +38,13 @@ def checkpoints(data: Path) -> dict[str, Path]:
 
 
 def recipe(name: str, paths: dict[str, Path]) -> str:
-    """A method at its defaults, on the pair and as many copies of the fine-tune as it needs."""
+    """A method at its defaults: the fine-tune beside its base, or both as models, or the fine-tune alone."""
     method = jm.methods.get(name)()
-    models = [paths[BASE], paths[TUNED]] if method.base == "unused" else [paths[TUNED]]
+    most = method.models[1]
+    with_base = method.base == "required" or (method.base == "source" and most != 1)
+    models = [paths[TUNED]] if with_base or most == 1 else [paths[BASE], paths[TUNED]]
     listed = "".join(f"  - model: {path}\n" for path in models)
-    base = "" if method.base == "unused" else f"base_model: {paths[BASE]}\n"
+    base = f"base_model: {paths[BASE]}\n" if with_base else ""
     return f"dialect: jaxmerge\nmerge_method: {name}\nmodels:\n{listed}{base}"
 
 

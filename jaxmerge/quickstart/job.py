@@ -188,7 +188,8 @@ def _rows(
     for group, expert in zip(_NAMES, sources.experts, strict=True):
         named.append((f"expert {group}", "source", expert))
     for method, tensors in merged.items():
-        some = "" if counts[method] == len(GROUPS) else f" (first {counts[method]} experts)"
+        taken = "first expert" if counts[method] == 1 else f"first {counts[method]} experts"
+        some = "" if counts[method] == len(GROUPS) else f" ({taken})"
         named.append((method + some, "method", from_checkpoint(tensors)))
     name = f"best of {len(population.methods):,}: {population.methods[population.best]}"
     named.append((name, "best", from_checkpoint(winner)))
