@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.methods import draws, hyperparameters
-from jaxmerge.methods.inputs import check_count, dtype_of, flatten_all, is_mergeable, leaf_size
+from jaxmerge.methods.inputs import check_count, dtype_of, flatten_all, is_mergeable
 from jaxmerge.methods.leaf import Chunk, LeafMethod
 from jaxmerge.methods.measuring import Prepared, measure, prepare
 from jaxmerge.tree import Layout, TensorLayout, name_words, unflatten
@@ -338,6 +338,3 @@ def _total(batches: Sequence[Batch]) -> int:
 def _storage(dtype: Any) -> Any:
     # float64 that JAX would silently hold as float32 comes back as what it is held as.
     return jax.dtypes.canonicalize_dtype(dtype)
-
-
-__all__ = ["Batch", "MergeState", "apply", "init", "leaf_size", "merge_once"]

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods import draws
-from jaxmerge.methods.hyperparameters import Hyperparameter
 from jaxmerge.methods.selection import Selection, keep
 from jaxmerge.methods.selection_keys import flat_index
 
@@ -166,19 +165,3 @@ class LeafMethod:
 def widen(array: jax.Array) -> jax.Array:
     """Casts to float32, or keeps float64."""
     return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
-
-
-__all__ = [
-    "Base",
-    "Chunk",
-    "Cuts",
-    "Found",
-    "Hyperparameter",
-    "LeafMethod",
-    "Local",
-    "Measure",
-    "Select",
-    "Sums",
-    "Values",
-    "widen",
-]

@@ -619,18 +619,3 @@ def _absolute(settings: Settings) -> jax.Array:
     if settings.absolute is False:
         return settings.weight
     return jnp.where(settings.absolute, jnp.abs(settings.weight), settings.weight)
-
-
-__all__ = [
-    "Family",
-    "Settings",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "family_leaf",
-    "task_arithmetic",
-    "ties",
-]
