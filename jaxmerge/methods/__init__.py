@@ -1,23 +1,22 @@
 """Merge methods: pairs of pure functions over any pytree, in one registry."""
 
-from jaxmerge.methods.arcee_fusion import arcee_fusion
-from jaxmerge.methods.averages import linear
 from jaxmerge.methods.by_block import by_block
 from jaxmerge.methods.choose import choose
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
-from jaxmerge.methods.karcher import karcher
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Select, Sums
 from jaxmerge.methods.merging import merge
 from jaxmerge.methods.method import MergeMethod, from_leaf
-from jaxmerge.methods.model_stock import model_stock
-from jaxmerge.methods.multislerp import multislerp
-from jaxmerge.methods.nearswap import nearswap
-from jaxmerge.methods.passthrough import passthrough
-from jaxmerge.methods.ram import ram, ramplus_tl
-from jaxmerge.methods.registry import allowed, get, names, options, register
-from jaxmerge.methods.sce import sce
-from jaxmerge.methods.spherical import nuslerp, slerp
-from jaxmerge.methods.task_vectors import (
+from jaxmerge.methods.operators.arcee_fusion import arcee_fusion
+from jaxmerge.methods.operators.averages import linear
+from jaxmerge.methods.operators.karcher import karcher
+from jaxmerge.methods.operators.model_stock import model_stock
+from jaxmerge.methods.operators.multislerp import multislerp
+from jaxmerge.methods.operators.nearswap import nearswap
+from jaxmerge.methods.operators.passthrough import passthrough
+from jaxmerge.methods.operators.ram import ram, ramplus_tl
+from jaxmerge.methods.operators.sce import sce
+from jaxmerge.methods.operators.spherical import nuslerp, slerp
+from jaxmerge.methods.operators.task_vectors import (
     breadcrumbs,
     breadcrumbs_ties,
     dare_linear,
@@ -27,6 +26,7 @@ from jaxmerge.methods.task_vectors import (
     task_arithmetic,
     ties,
 )
+from jaxmerge.methods.registry import allowed, get, names, options, register
 
 __all__ = [
     "Chunk",

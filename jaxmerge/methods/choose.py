@@ -23,7 +23,7 @@ from jaxmerge.methods.leaf import (
     Values,
 )
 from jaxmerge.methods.method import MergeMethod, from_leaf
-from jaxmerge.methods.task_vectors import Family, Settings, family_leaf
+from jaxmerge.methods.operators.task_vectors import Family, Settings, family_leaf
 
 
 def choose(methods: Sequence[MergeMethod] | Mapping[str, MergeMethod]) -> MergeMethod:

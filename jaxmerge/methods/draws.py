@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.methods.selection_keys import flat_index
+from jaxmerge.methods.selection.keys import flat_index
 
 
 def key_words(key: jax.Array) -> jax.Array:

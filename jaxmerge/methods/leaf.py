@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxmerge.methods import draws
 from jaxmerge.methods.selection import Selection, keep
-from jaxmerge.methods.selection_keys import flat_index
+from jaxmerge.methods.selection.keys import flat_index
 
 MeasureScope = Literal["tensor", "model"]
 Cuts = Literal["elements", "rows", "never"]

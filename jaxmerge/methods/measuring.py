@@ -17,7 +17,7 @@ from jaxmerge.methods.selection import (
     select_over,
     select_over_stacked,
 )
-from jaxmerge.methods.selection_host import is_on_host
+from jaxmerge.methods.selection.host import is_on_host
 
 Prepared = dict[str, Any]
 BatchValues = tuple[Mapping[str, Any], bool]  # the values, and whether they have a leading axis

@@ -17,14 +17,15 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.methods import selection_host, selection_kernel
 from jaxmerge.methods.selection import (
     Selection,
     count,
     cut_position,
     equal_count,
     histogram,
+    host,
     keep,
+    kernel,
     key_bits,
     levels,
     order,
@@ -162,8 +163,8 @@ def test_the_host_route_is_exact_when_a_sample_brackets_the_threshold(distributi
 def test_the_host_route_survives_a_sample_that_misses(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection_host, "_DEVIATIONS", 0.0)
-    monkeypatch.setattr(selection_host, "_SAMPLE", 8)
+    monkeypatch.setattr(host, "_DEVIATIONS", 0.0)
+    monkeypatch.setattr(host, "_SAMPLE", 8)
     values = sample("normal", (200_000,), np.float32)
     assert_keeps(values, select(values, k), k)
 
@@ -330,7 +331,7 @@ def test_the_front_doors_take_sharded_arrays() -> None:
 
 
 def test_large_arrays_are_counted_in_blocks_with_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection_kernel, "_BLOCK", 16)
+    monkeypatch.setattr(kernel, "_BLOCK", 16)
     values = sample("ties", (83,), np.float32)
     jax.clear_caches()
     for k in range(0, 84, 7):

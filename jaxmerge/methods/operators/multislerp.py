@@ -7,10 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.methods import angles
 from jaxmerge.methods.hyperparameters import Hyperparameter
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
+from jaxmerge.methods.operators import angles
 from jaxmerge.methods.registry import register
 
 

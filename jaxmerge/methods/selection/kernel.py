@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.methods.selection_keys import flat_index
+from jaxmerge.methods.selection.keys import flat_index
 
 Keys = Callable[[Array], Array]
 Route = Literal["histogram", "blocks", "bisection"]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.methods import angles
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Measure, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
+from jaxmerge.methods.operators import angles
+from jaxmerge.methods.operators.task_vectors import SCALE
 from jaxmerge.methods.registry import register
-from jaxmerge.methods.task_vectors import SCALE
 
 Guard = Literal["clamp", "floor"]
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxmerge.methods.hyperparameters import Hyperparameter
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, Select, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
+from jaxmerge.methods.operators.task_vectors import SCALE
 from jaxmerge.methods.registry import register
-from jaxmerge.methods.task_vectors import SCALE
 
 SMALLEST = 1.1754944e-38
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxmerge.methods.selection_keys import common_dtype, key_format
+from jaxmerge.methods.selection.keys import common_dtype, key_format
 
 _BLOCK = 1 << 16
 _SAMPLE = 1 << 15

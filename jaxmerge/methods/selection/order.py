@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxmerge.methods.selection_host import is_on_host, order_on_host
-from jaxmerge.methods.selection_keys import checked_size, key_bits
+from jaxmerge.methods.selection.host import is_on_host, order_on_host
+from jaxmerge.methods.selection.keys import checked_size, key_bits
 
 
 def order(values: Array) -> Array:

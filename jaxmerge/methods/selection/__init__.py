@@ -20,9 +20,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxmerge.methods.counting import count
-from jaxmerge.methods.selection_host import is_on_host, select_on_host
-from jaxmerge.methods.selection_kernel import Route, by_platform, kth_largest, nth_equal
-from jaxmerge.methods.selection_keys import (
+from jaxmerge.methods.selection.host import is_on_host, select_on_host
+from jaxmerge.methods.selection.kernel import Route, by_platform, kth_largest, nth_equal
+from jaxmerge.methods.selection.keys import (
     Selection,
     alike,
     checked_size,
@@ -38,8 +38,8 @@ from jaxmerge.methods.selection_keys import (
     nothing,
     regrouping,
 )
-from jaxmerge.methods.selection_order import order
-from jaxmerge.methods.selection_stream import (
+from jaxmerge.methods.selection.order import order
+from jaxmerge.methods.selection.stream import (
     Refinement,
     cut_position,
     equal_count,
@@ -110,7 +110,7 @@ def select_compiled(
         values: As for `select`.
         k: As for `select`.
         route: How entries are counted, for measurements: "histogram", "blocks" or "bisection" (see
-            `jaxmerge.methods.selection_kernel`); by default what suits the platform.
+            `jaxmerge.methods.selection.kernel`); by default what suits the platform.
 
     Returns:
         The selection, for `keep`.

@@ -18,14 +18,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxmerge.methods.selection_kernel import (
+from jaxmerge.methods.selection.kernel import (
     Route,
     by_platform,
     digit_counts,
     enter_digit,
     nth_equal,
 )
-from jaxmerge.methods.selection_keys import checked_size, clipped_count, key_bits, key_format
+from jaxmerge.methods.selection.keys import checked_size, clipped_count, key_bits, key_format
 
 _LOW_BITS = 16
 

@@ -1,0 +1,1 @@
+"""The merge operators, one family per file."""
