@@ -2,6 +2,7 @@
 
 from jaxmerge.methods.by_block import by_block
 from jaxmerge.methods.choose import choose
+from jaxmerge.methods.extras import Extra, Gram
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Select, Sums
 from jaxmerge.methods.merging import merge
@@ -26,15 +27,19 @@ from jaxmerge.methods.operators.task_vectors import (
     task_arithmetic,
     ties,
 )
+from jaxmerge.methods.per_task import PerTask, for_task
 from jaxmerge.methods.registry import allowed, get, names, options, register
 
 __all__ = [
     "Chunk",
+    "Extra",
     "Fraction",
+    "Gram",
     "Hyperparameter",
     "LeafMethod",
     "Local",
     "MergeMethod",
+    "PerTask",
     "Select",
     "Sums",
     "allowed",
@@ -47,6 +52,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "for_task",
     "from_leaf",
     "get",
     "karcher",

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.methods.inputs import flatten_all
+from jaxmerge.methods.extras import Extra, gather
+from jaxmerge.methods.inputs import flatten_all, is_mergeable
 from jaxmerge.methods.leaf import Base
 from jaxmerge.methods.method import MergeMethod
 from jaxmerge.tree import Layout, TensorLayout, unflatten
@@ -67,22 +68,39 @@ class BlockState:
 @functools.cache
 def _build(items: tuple[tuple[Label, MergeMethod], ...], rules: Rules) -> MergeMethod:
     methods = dict(items)
+    adapting = [label for label, method in methods.items() if method.per_task]
+    if adapting:
+        raise ValueError(
+            f"by_block cannot use {methods[adapting[0]].name!r}, whose per-task results speak of a whole model"
+        )
+    needed = {name: extra for method in methods.values() for name, extra in method.extras.items()}
 
     def init(
         models: Any, base: Any = None, *, layout: Any = None, extras: Any = None, dtype: Any = None
     ) -> BlockState:
         layout = Layout() if layout is None else layout
-        flat, flat_base, definition = flatten_all(list(models), base)
+        models = list(models)
+        flat, flat_base, definition = flatten_all(models, base)
         reference = flat[0] if flat_base is None else flat_base
         shares = tuple((path, _shares(rules, path, layout.of(path))) for path in reference)
+        depths = layout.depths(reference)
+        shapes = {
+            path: tuple(np.shape(leaf)) for path, leaf in reference.items() if is_mergeable(leaf)
+        }
+        gathered = gather(needed, extras, len(models), shapes, "by_block")
         states = {}
         for label, method in methods.items():
             mine = {path: part for path, parts in shares for owner, part in parts if owner == label}
             trees = [_take(leaves, mine) for leaves in flat]
             block_base = None if flat_base is None else _take(flat_base, mine)
-            block_layout = _restrict(layout, mine)
+            block_layout = _restrict(layout, depths, mine)
+            block_extras = {
+                name: _restrict_extra(method.extras[name], trees_of, mine)
+                for name, trees_of in gathered.items()
+                if name in method.extras
+            }
             states[label] = method.init(
-                trees, block_base, layout=block_layout, extras=extras, dtype=dtype
+                trees, block_base, layout=block_layout, extras=block_extras, dtype=dtype
             )
         return BlockState(states, shares, definition)
 
@@ -121,7 +139,7 @@ def _build(items: tuple[tuple[Label, MergeMethod], ...], rules: Rules) -> MergeM
         base=_strictest([method.base for method in methods.values()]),
         models=(max(lows), min(highs) if highs else None),
         random=any(method.random for method in methods.values()),
-        extras=tuple(sorted({name for method in methods.values() for name in method.extras})),
+        extras=MappingProxyType(needed),
     )
 
 
@@ -149,12 +167,28 @@ def _take(leaves: Mapping[str, Any], mine: Mapping[str, tuple[int, ...] | None])
     }
 
 
-def _restrict(layout: Layout, mine: Mapping[str, tuple[int, ...] | None]) -> Layout:
+def _restrict_extra(
+    extra: Extra, trees: tuple[dict[str, Any], ...], mine: Mapping[str, tuple[int, ...] | None]
+) -> Any:
+    def taken(leaf: Any, layers: tuple[int, ...] | None) -> Any:
+        return leaf if layers is None else jax.tree.map(lambda x: x[np.asarray(layers)], leaf)
+
+    parts = [
+        {path: taken(tree[path], layers) for path, layers in mine.items() if path in tree}
+        for tree in trees
+    ]
+    return parts[0] if extra.per == "shared" else parts
+
+
+def _restrict(
+    layout: Layout,
+    depths: Mapping[str, tuple[float, ...]],
+    mine: Mapping[str, tuple[int, ...] | None],
+) -> Layout:
     tensors = {}
     for path, layers in mine.items():
         one = layout.of(path)
-        names = one.names if layers is None else tuple(one.names[i] for i in layers)
-        tensors[path] = TensorLayout(
-            names, one.axes, one.shape, one.stacked, one.outputs, one.inputs
-        )
+        kept = range(len(one.names)) if layers is None else layers
+        names, depth = (tuple(whole[i] for i in kept) for whole in (one.names, depths[path]))
+        tensors[path] = replace(one, names=names, depths=depth)
     return Layout(tensors)

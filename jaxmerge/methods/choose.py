@@ -119,6 +119,14 @@ def _build(items: tuple[tuple[str, MergeMethod], ...]) -> MergeMethod:
         models=(max(lows), min(highs) if highs else None),
         random=any(method.random for _, method in items),
         cuts=next(cut for cut in cuts if cut in [branch.leaf.cuts for branch in branches]),
+        extras=MappingProxyType(
+            {name: extra for branch in branches for name, extra in branch.leaf.extras.items()}
+        ),
+        sizes=lambda shape, models: {
+            name: size
+            for branch in branches
+            for name, size in branch.leaf.sizes(shape, models).items()
+        },
     )
     return from_leaf(leaf, summary="A traced choice between methods.")
 
@@ -220,6 +228,7 @@ def _measure(one: Measure, b: int, branch: Branch) -> Measure:
         }
 
     if isinstance(one, Select):
+        one = one._replace(of=one.of and f"{b}/{one.of}")
         counts = one.counts
         if one.reads_found:
             return one._replace(

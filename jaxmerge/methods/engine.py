@@ -5,7 +5,8 @@ share; `init` stacks leaves of equal shape into one batch, so that a program aro
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,12 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.methods import draws, hyperparameters
+from jaxmerge.methods.extras import Gathered, Gram, gather, gram_axes, gram_matrix
 from jaxmerge.methods.inputs import check_count, dtype_of, flatten_all, is_mergeable
 from jaxmerge.methods.leaf import Chunk, LeafMethod
 from jaxmerge.methods.measuring import Prepared, measure, prepare
+from jaxmerge.methods.per_task import PerTask
 from jaxmerge.tree import Layout, TensorLayout, name_words, unflatten
 
 Transform = tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+
+
+class Merged(NamedTuple):
+    """Merged leaves by path and, for methods with per-task results, the masks by path and the models' factors."""
+
+    leaves: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+    factors: jax.Array | None
 
 
 class Member(NamedTuple):
@@ -40,17 +51,23 @@ class Batch:
       models: per model an array [tensors, ...], or [...] where `stacked` is False (one tensor).
       base: the same for the base, or None.
       names: uint32 [tensors, 2], the hashes of the tensors' names.
+      depths: float32 [tensors], how deep each tensor lies in its model.
+      extras: by name, an array per model (or one that all share), like `models`.
       starts: int32 scalars, where each member begins on the leading axis. As data rather than constants they let XLA
         compile one slice for all members of a batch, which decides how long a program around `apply` compiles.
       members: the leaves, in order; a leaf that holds stacked layers stands for several tensors.
+      inputs: the tensors' input axes.
       stacked: whether the arrays have the leading axis.
     """
 
     models: tuple[jax.Array, ...]
     base: jax.Array | None
     names: jax.Array
+    depths: jax.Array
+    extras: dict[str, tuple[jax.Array, ...]]
     starts: tuple[jax.Array, ...]
     members: tuple[Member, ...] = field(metadata={"static": True})
+    inputs: tuple[int, ...] = field(metadata={"static": True})
     stacked: bool = field(metadata={"static": True})
 
     @property
@@ -58,9 +75,27 @@ class Batch:
         return [name for member in self.members for name in member.layout.names]
 
     @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.models[0].shape[1:] if self.stacked else self.models[0].shape
+
+    @property
     def tensor_size(self) -> int:
-        shape = self.models[0].shape[1:] if self.stacked else self.models[0].shape
-        return int(np.prod(shape, dtype=np.int64))
+        return int(np.prod(self.tensor_shape, dtype=np.int64))
+
+    def chunk(self, seed: jax.Array | None) -> Chunk:
+        """The whole batch as a leaf function sees it, with a leading axis where it is stacked."""
+        offset = jnp.zeros(len(self.tensor_names) if self.stacked else (), jnp.uint32)
+        depth = self.depths if self.stacked else self.depths[0]
+        return Chunk(
+            self.models,
+            self.base,
+            seed,
+            offset,
+            depth,
+            self.extras,
+            size=self.tensor_size,
+            inputs=self.inputs,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -84,10 +119,16 @@ class MergeState:
 
 
 def init(
-    leaf: LeafMethod, models: Sequence[Any], base: Any, *, layout: Layout | None, dtype: Any
+    leaf: LeafMethod,
+    models: Sequence[Any],
+    base: Any,
+    *,
+    layout: Layout | None,
+    extras: Mapping[str, Any] | None,
+    dtype: Any,
 ) -> MergeState:
     """Groups the leaves and prepares every measure that no hyperparameter touches."""
-    state = _load(leaf, models, base, layout, dtype, group=True)
+    state = _load(leaf, models, base, layout, extras, dtype, group=True)
     return replace(state, prepared=prepare(leaf, state.batches))
 
 
@@ -99,7 +140,7 @@ def apply(
     values = hyperparameters.check(leaf.hyperparams, hyperparams, models, leaf.name)
     words = _words(leaf, key)
     merged = _merged(leaf, state.batches, values, words, state.prepared)
-    return _assemble(state, merged)
+    return _assemble(leaf, state, merged, models)
 
 
 def merge_once(
@@ -110,6 +151,7 @@ def merge_once(
     key: jax.Array | None,
     *,
     layout: Layout | None,
+    extras: Mapping[str, Any] | None,
     dtype: Any,
 ) -> Any:
     """Merges without keeping a state; leaf by leaf, unless it is being traced."""
@@ -117,15 +159,18 @@ def merge_once(
     words = _words(leaf, key)
     sources = len(models) + (leaf.base == "source" and base is not None)
     values = hyperparameters.check(leaf.hyperparams, hyperparams, sources, leaf.name)
-    tracers = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((models, base)))
-    state = _load(leaf, models, base, layout, dtype, group=tracers)
+    given = (models, base, dict(extras or {}))
+    tracers = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    state = _load(leaf, models, base, layout, extras, dtype, group=tracers)
     if tracers or any(one.scope == "model" for one in leaf.measures):
-        return _assemble(state, _merged(leaf, state.batches, values, words, None))
+        merged = _merged(leaf, state.batches, values, words, None)
+        return _assemble(leaf, state, merged, sources)
     total = _total(state.batches)
-    merged = {}
+    merged = Merged({}, {}, None)
     for batch in state.batches:
-        merged.update(_merged(leaf, (batch,), values, words, None, total))
-    return _assemble(state, merged)
+        one = _merged(leaf, (batch,), values, words, None, total)
+        merged = Merged(merged.leaves | one.leaves, merged.masks | one.masks, one.factors)
+    return _assemble(leaf, state, merged, sources)
 
 
 def _load(
@@ -133,6 +178,7 @@ def _load(
     models: Sequence[Any],
     base: Any,
     layout: Layout | None,
+    extras: Mapping[str, Any] | None,
     dtype: Any,
     *,
     group: bool,
@@ -147,6 +193,11 @@ def _load(
         raise ValueError(f"the layout describes {unknown[0]!r}, which the models lack")
     if leaf.base == "source" and flat_base is not None:
         flat, flat_base = [flat_base, *flat], None
+    shapes = {
+        path: tuple(np.shape(array)) for path, array in reference.items() if is_mergeable(array)
+    }
+    gathered = gather(leaf.extras, extras, len(flat), shapes, leaf.name)
+    depths = layout.depths(reference)
     carried: dict[str, Any] = {}
     groups: dict[Any, list[Member]] = {}
     for path, array in reference.items():
@@ -160,24 +211,69 @@ def _load(
         member = Member(path, tensor, shape, np.dtype(dtype or _storage(dtype_of(array))))
         one = shape[1:] if tensor.stacked else shape
         dtypes = tuple(str(dtype_of(leaves[path])) for leaves in flat)
-        alike = (one, tensor.transform, dtypes, str(dtype_of(array)), member.dtype)
+        inputs, present = _inputs(leaf, gathered, member, one)
+        alike = (
+            one,
+            tensor.transform,
+            dtypes,
+            str(dtype_of(array)),
+            member.dtype,
+            inputs,
+            present,
+        )
         groups.setdefault(alike if group else path, []).append(member)
     use_base = flat_base is not None and leaf.base != "unused"
     batches = tuple(
-        _batch(members, flat, flat_base if use_base else None) for members in groups.values()
+        _batch(leaf, members, flat, flat_base if use_base else None, gathered, depths)
+        for members in groups.values()
     )
     return MergeState(batches, (), carried, tuple(reference), definition)
 
 
+def _inputs(
+    leaf: LeafMethod, gathered: Gathered, member: Member, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """A tensor's input axes, and the names of the extras that hold something for it."""
+    present = []
+    axes = gram_axes(None, member.path, member.layout, shape)
+    for name, trees in gathered.items():
+        if member.path not in trees[0]:
+            continue
+        present.append(name)
+        spec = leaf.extras[name]
+        if spec.kind == "gram" and spec.side == "inputs":
+            found = {
+                gram_axes(tree[member.path], member.path, member.layout, shape) for tree in trees
+            }
+            if len(found) > 1:
+                raise ValueError(f"the Gram matrices of {member.path!r} run over different axes")
+            (axes,) = found
+    return axes, tuple(present)
+
+
 def _batch(
-    members: list[Member], flat: list[dict[str, Any]], flat_base: dict[str, Any] | None
+    leaf: LeafMethod,
+    members: list[Member],
+    flat: list[dict[str, Any]],
+    flat_base: dict[str, Any] | None,
+    gathered: Gathered,
+    depths: Mapping[str, tuple[float, ...]],
 ) -> Batch:
     stacked = len(members) > 1 or members[0].layout.stacked
+    one = members[0].shape[1:] if members[0].layout.stacked else members[0].shape
+    inputs, present = _inputs(leaf, gathered, members[0], one)
     trees = flat if flat_base is None else [*flat, flat_base]
-    leaves = [[jnp.asarray(leaves[m.path]) for m in members] for leaves in trees]
+    like = [name for name in present if leaf.extras[name].kind == "like"]
+    beside = [tree for name in like for tree in gathered[name]]
+    leaves = [[jnp.asarray(leaves[m.path]) for m in members] for leaves in [*trees, *beside]]
     kinds = tuple((m.layout.transform, m.layout.stacked) for m in members)
     as_it_stands = not stacked and kinds[0][0] == (None, None)
     joined = [leaf for (leaf,) in leaves] if as_it_stands else _join(kinds, stacked, leaves)
+    joined, rest = joined[: len(trees)], joined[len(trees) :]
+    extras = {name: tuple(rest.pop(0) for _ in gathered[name]) for name in like}
+    for name in present:
+        if name not in extras:
+            extras[name] = tuple(_join_grams(members, stacked, tree) for tree in gathered[name])
     models = joined if flat_base is None else joined[:-1]
     names = np.array([name_words(name) for m in members for name in m.layout.names], np.uint32)
     lengths = [len(m.layout.names) for m in members]
@@ -186,10 +282,31 @@ def _batch(
         tuple(models),
         None if flat_base is None else joined[-1],
         jnp.asarray(names),
+        jnp.asarray([depth for m in members for depth in depths[m.path]], jnp.float32),
+        {name: extras.get(name, ()) for name in leaf.extras},
         _as_data(starts, joined[0]),
         tuple(members),
+        inputs,
         stacked,
     )
+
+
+def _join_grams(members: list[Member], stacked: bool, grams: Mapping[str, Any]) -> jax.Array:
+    matrices = []
+    for member in members:
+        shape = member.shape[1:] if member.layout.stacked else member.shape
+        matrix = gram_matrix(grams[member.path], member.layout, shape)
+        layers = member.shape[:1] if member.layout.stacked else ()
+        gram = grams[member.path]
+        axes = gram.axes if isinstance(gram, Gram) else None
+        side = matrix.shape[-1] if axes is None else math.prod(shape[axis] for axis in axes)
+        if matrix.shape != (*layers, side, side):
+            raise ValueError(
+                f"the Gram matrix of {member.path!r} should have shape {[*layers, side, side]}, "
+                f"found {list(matrix.shape)}"
+            )
+        matrices.append(matrix if member.layout.stacked or not stacked else matrix[None])
+    return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)
 
 
 def _as_data(starts: np.ndarray, array: jax.Array) -> tuple[jax.Array, ...]:
@@ -235,16 +352,20 @@ def _merged(
     words: jax.Array | None,
     prepared: tuple[Prepared, ...] | None,
     total: int | None = None,
-) -> dict[str, jax.Array]:
-    """Measures, then applies; the merged leaves by path."""
+) -> Merged:
+    """Measures, then applies."""
     if not batches:
-        return {}
+        return Merged({}, {}, None)
     total = _total(batches) if total is None else total
     sources = len(batches[0].models)
-    chunks = [_chunk(batch, words) for batch in batches]
+    chunks = [batch.chunk(_seed(batch, words)) for batch in batches]
     leaf_values = []
     for batch in batches:
-        sizes = {"tensor": batch.tensor_size, "model": total}
+        sizes = {
+            **leaf.sizes(batch.tensor_shape, sources),
+            "tensor": batch.tensor_size,
+            "model": total,
+        }
         tensors = [(m.path, m.layout) for m in batch.members]
         given, per_tensor = hyperparameters.for_tensors(
             leaf.hyperparams, values, tensors, sizes, sources
@@ -253,12 +374,12 @@ def _merged(
             given, per_tensor = jax.tree.map(lambda x: x[0], given), False
         leaf_values.append((given, per_tensor))
     found = measure(leaf, batches, chunks, leaf_values, prepared)
-    merged: dict[str, jax.Array] = {}
+    merged = Merged({}, {}, None)
     for batch, chunk, (given, per_tensor), seen in zip(
         batches, chunks, leaf_values, found, strict=True
     ):
         shapes = tuple((m.layout.transform, m.shape, m.layout.stacked) for m in batch.members)
-        parts = _apply_batch(
+        parts, masks, factors = _apply_batch(
             leaf,
             shapes,
             batch.members[0].dtype,
@@ -269,7 +390,12 @@ def _merged(
             given,
             seen,
         )
-        merged.update(zip((m.path for m in batch.members), parts, strict=True))
+        paths = [member.path for member in batch.members]
+        merged.leaves.update(zip(paths, parts, strict=True))
+        if masks is not None:
+            merged.masks.update(zip(paths, masks, strict=True))
+            # What a model's factor measures is the whole model: every batch says the same.
+            merged = merged._replace(factors=factors)
     return merged
 
 
@@ -284,33 +410,43 @@ def _apply_batch(
     chunk: Chunk,
     values: Mapping[str, Any],
     found: Mapping[str, Any],
-) -> list[jax.Array]:
-    if not stacked:
-        merged = leaf.apply(chunk, values, found).astype(dtype)
-        transform, shape, _ = shapes[0]
-        return [_from_checkpoint(transform, shape, merged)]
+) -> tuple[list[jax.Array], list[jax.Array] | None, jax.Array | None]:
+    """The merged leaves; with per-task results also the masks [models, ...] and the factors."""
     axes = (0, 0 if per_tensor else None, 0)
-    merged = jax.vmap(leaf.apply, in_axes=axes)(chunk, values, found).astype(dtype)
-    parts = []
-    for (transform, shape, layered), start in zip(shapes, starts, strict=True):
-        length = shape[0] if layered else 1
-        part = jax.lax.dynamic_slice_in_dim(merged, start, length)
-        one = functools.partial(_from_checkpoint, transform, shape[1:] if layered else shape)
-        parts.append(jax.vmap(one)(part) if layered else one(part[0]))
-    return parts
+
+    def run(function: Callable[..., Any]) -> Any:
+        over = jax.vmap(function, in_axes=axes) if stacked else function
+        return over(chunk, values, found)
+
+    def leaves(merged: jax.Array) -> list[jax.Array]:
+        if not stacked:
+            transform, shape, _ = shapes[0]
+            return [_from_checkpoint(transform, shape, merged)]
+        parts = []
+        for (transform, shape, layered), start in zip(shapes, starts, strict=True):
+            length = shape[0] if layered else 1
+            part = jax.lax.dynamic_slice_in_dim(merged, start, length)
+            one = functools.partial(_from_checkpoint, transform, shape[1:] if layered else shape)
+            parts.append(jax.vmap(one)(part) if layered else one(part[0]))
+        return parts
+
+    merged = leaves(run(leaf.apply).astype(dtype))
+    if leaf.per_task is None:
+        return merged, None, None
+    masks, factors = run(leaf.per_task)
+    masks = jax.vmap(leaves)(jnp.moveaxis(masks, 1, 0) if stacked else masks)
+    return merged, masks, factors[0] if stacked else factors
 
 
 def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.Array) -> jax.Array:
     return TensorLayout(("",), *transform).from_checkpoint(tensor, shape)
 
 
-def _chunk(batch: Batch, words: jax.Array | None) -> Chunk:
-    seed = None
-    if words is not None:
-        seed = _seeds(len(batch.models), words, batch.names)
-        seed = seed if batch.stacked else seed[0]
-    offset = jnp.zeros(len(batch.tensor_names) if batch.stacked else (), jnp.uint32)
-    return Chunk(batch.models, batch.base, seed, offset, batch.tensor_size)
+def _seed(batch: Batch, words: jax.Array | None) -> jax.Array | None:
+    if words is None:
+        return None
+    seed = _seeds(len(batch.models), words, batch.names)
+    return seed if batch.stacked else seed[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -318,9 +454,20 @@ def _seeds(models: int, words: jax.Array, names: jax.Array) -> jax.Array:
     return jax.vmap(lambda name: draws.tensor_seeds(words, name, models))(names)
 
 
-def _assemble(state: MergeState, merged: Mapping[str, Any]) -> Any:
-    leaves = [merged[path] if path in merged else state.carried[path] for path in state.order]
-    return unflatten(state.definition, leaves)
+def _assemble(leaf: LeafMethod, state: MergeState, merged: Merged, models: int) -> Any:
+    leaves = {**state.carried, **merged.leaves}
+    params = unflatten(state.definition, [leaves[path] for path in state.order])
+    if leaf.per_task is None:
+        return params
+    # A leaf that is carried over is everybody's.
+    masks = [
+        merged.masks[path]
+        if path in merged.masks
+        else jnp.ones((models, *np.shape(leaves[path])), bool)
+        for path in state.order
+    ]
+    factors = jnp.ones(models) if merged.factors is None else merged.factors
+    return params, PerTask(unflatten(state.definition, masks), factors)
 
 
 def _words(leaf: LeafMethod, key: jax.Array | None) -> jax.Array | None:

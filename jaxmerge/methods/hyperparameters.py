@@ -28,7 +28,7 @@ class Hyperparameter:
       kind: "real"; "fraction" (a share of a tensor's elements, in [0, 1]); "flag" (0 or 1); "index".
       differentiable: whether a gradient says anything (a fraction's and a flag's is 0).
       search: the range that a search covers unless told otherwise; None for [low, high].
-      share_of: what a fraction is a share of.
+      share_of: what a fraction is a share of: "tensor", "model", or one of `LeafMethod.sizes`.
     """
 
     default: float
@@ -39,7 +39,7 @@ class Hyperparameter:
     kind: Kind = "real"
     differentiable: bool = True
     search: tuple[float, float] | None = None
-    share_of: Literal["tensor", "model"] = "tensor"
+    share_of: str = "tensor"
 
 
 @jax.tree_util.register_dataclass

@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge.methods import draws
+from jaxmerge.methods.extras import Extra
 from jaxmerge.methods.selection import Selection, keep
 from jaxmerge.methods.selection.keys import flat_index
 
@@ -33,14 +35,20 @@ class Chunk:
       base: the base's array, or None.
       seed: uint32 [pairs of models, 2], the draws' seeds for this tensor, or None without a key.
       offset: uint32 [], flat index of the first element in the whole tensor.
+      depth: float32 [], how deep the tensor lies in its model: 0 in the first layer, 1 in the last.
+      extras: by name, one array per model (or one that all share); nothing where this tensor has none.
       size: static number of elements of the whole tensor.
+      inputs: static axes of the tensor that are its inputs.
     """
 
     models: tuple[jax.Array, ...]
     base: jax.Array | None
     seed: jax.Array | None
     offset: jax.Array
+    depth: jax.Array
+    extras: Mapping[str, tuple[jax.Array, ...]]
     size: int = field(metadata={"static": True})
+    inputs: tuple[int, ...] = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,6 +65,19 @@ class Chunk:
     def with_base(self, delta: jax.Array) -> jax.Array:
         """base + delta."""
         return widen(self._base()) + delta
+
+    def as_matrix(self, array: jax.Array) -> jax.Array:
+        """An array of the tensor's shape as [outputs, inputs]."""
+        outputs = [axis for axis in range(array.ndim) if axis not in self.inputs]
+        columns = int(np.prod([array.shape[axis] for axis in self.inputs], dtype=np.int64))
+        return jnp.transpose(array, [*outputs, *self.inputs]).reshape(-1, columns)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """The inverse of `as_matrix`."""
+        outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
+        order = [*outputs, *self.inputs]
+        moved = matrix.reshape([self.shape[axis] for axis in order])
+        return jnp.transpose(moved, np.argsort(order))
 
     def uniform(self) -> list[jax.Array]:
         """One uniform draw per model and element; see `draws.uniform`."""
@@ -101,6 +122,8 @@ class Select(NamedTuple):
       values: (chunk) -> one array of nonnegative values per model (over one tensor: per ranking, however many there
         are), elementwise and free of hyperparameters. Sums of products round differently from one program to the next:
         do without them where exactly k entries must be kept.
+      of: the name of an earlier `Local`: `values` then takes what that found as a second argument, and may return
+        arrays of another size than the chunk's.
       counts: (values, size) -> per model, a tuple of uint32 [] counts.
       scope: over one tensor, or over all tensors of the model (ties to the name that sorts first).
       rowwise: whether `values` is not elementwise but needs whole rows.
@@ -110,11 +133,12 @@ class Select(NamedTuple):
     """
 
     name: str
-    values: Callable[[Chunk], list[jax.Array]]
+    values: Callable[..., list[jax.Array]]
     counts: Callable[..., list[tuple[jax.Array, ...]]]
     scope: MeasureScope = "tensor"
     rowwise: bool = False
     reads_found: bool = False
+    of: str | None = None
 
 
 class Local(NamedTuple):
@@ -148,6 +172,10 @@ class LeafMethod:
         the first model, "unused" where it is accepted and ignored.
       models: how few and how many models it takes (a base counts only as a "source"; None for no limit).
       random: whether it draws (a key is then required).
+      extras: what else it needs, by name; `chunk.extras` holds it.
+      per_task: (chunk, values, found) -> bool masks [models, ...] and factors [models] that make each model's own
+        version of the result, or None; see `jaxmerge.methods.per_task`.
+      sizes: (shape, models) -> what else than a "tensor" and a "model" a fraction may be a share of, by name.
       cuts: how a tensor may be cut into chunks: between any "elements"; between "rows", that is between indices of the
         first axis of a tensor of two or more axes; or "never".
     """
@@ -160,6 +188,9 @@ class LeafMethod:
     models: tuple[int, int | None] = (1, None)
     random: bool = False
     cuts: Cuts = "elements"
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    per_task: Callable[[Chunk, Values, Found], tuple[jax.Array, jax.Array]] | None = None
+    sizes: Callable[[tuple[int, ...], int], Mapping[str, int]] = lambda shape, models: {}
 
 
 def widen(array: jax.Array) -> jax.Array:

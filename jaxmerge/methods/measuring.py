@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -36,6 +37,7 @@ class Batch(Protocol):
     def tensor_names(self) -> list[str]: ...
     @property
     def tensor_size(self) -> int: ...
+    def chunk(self, seed: jax.Array | None) -> Chunk: ...
 
 
 def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
@@ -48,13 +50,16 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
         if isinstance(one, Sums):
             if one.needs_values:
                 continue
-            chunks = [_plain_chunk(batch) for batch in batches]
+            chunks = [batch.chunk(None) for batch in batches]
             nothing: list[BatchValues] = [({}, False)] * len(batches)
             results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
         elif isinstance(one, Local):
-            results = [_local(one, batch.stacked, _plain_chunk(batch)) for batch in batches]
+            results = [_local(one, batch.stacked, batch.chunk(None)) for batch in batches]
         elif one.scope == "tensor":
-            results = [_tensor_order(one, batch) for batch in batches]
+            results = [
+                _tensor_order(one, batch, _found_by(one, kept))
+                for batch, kept in zip(batches, prepared, strict=True)
+            ]
         else:
             results = [_model_order(one, batches)] * len(batches)
         for kept, result in zip(prepared, results, strict=True):
@@ -95,12 +100,15 @@ def measure(
             if prepared is not None:
                 orders = [kept[one.name] for kept in prepared]
                 results = [
-                    _look_up(one, batch.stacked, *item)
-                    for batch, *item in zip(batches, chunks, counts, orders, strict=True)
+                    _look_up(one, batch.stacked, chunk, _found_by(one, seen), *item)
+                    for batch, chunk, seen, *item in zip(
+                        batches, chunks, found, counts, orders, strict=True
+                    )
                 ]
             else:
                 results = [
-                    _select_tensor(one, *item) for item in zip(batches, chunks, counts, strict=True)
+                    _select_tensor(one, batch, chunk, _found_by(one, seen), ks)
+                    for batch, chunk, seen, ks in zip(batches, chunks, found, counts, strict=True)
                 ]
         elif prepared is not None:
             orders = [kept[one.name] for kept in prepared]
@@ -179,8 +187,8 @@ def _local(one: Local, stacked: bool, chunk: Chunk) -> Any:
 # Order statistics, directly -----------------------------------------------------------------------------------------
 
 
-def _select_tensor(one: Select, batch: Batch, chunk: Chunk, counts: Any) -> Any:
-    magnitudes = _magnitudes(one, batch.stacked, chunk)
+def _select_tensor(one: Select, batch: Batch, chunk: Chunk, local: Any, counts: Any) -> Any:
+    magnitudes = _magnitudes(one, batch.stacked, chunk, local)
     if not batch.stacked:
         return [
             tuple(select(size, k) for k in ks) for size, ks in zip(magnitudes, counts, strict=True)
@@ -222,7 +230,8 @@ def _select_model(
 ) -> list[Any]:
     """Selections over the whole model: ties go to the tensor whose name sorts first, then to the lower index."""
     magnitudes = [
-        _magnitudes(one, batch.stacked, chunk) for batch, chunk in zip(batches, chunks, strict=True)
+        _magnitudes(one, batch.stacked, chunk, None)
+        for batch, chunk in zip(batches, chunks, strict=True)
     ]
     counts = _model_counts(one, batches, values)
     result: list[list[Any]] = [[] for _ in batches]
@@ -286,8 +295,8 @@ def _places(batches: Sequence[Batch]) -> list[tuple[int, int | None]]:
 # Order statistics, by look-up ---------------------------------------------------------------------------------------
 
 
-def _tensor_order(one: Select, batch: Batch) -> list[jax.Array]:
-    magnitudes = _magnitudes(one, batch.stacked, _plain_chunk(batch))
+def _tensor_order(one: Select, batch: Batch, local: Any) -> list[jax.Array]:
+    magnitudes = _magnitudes(one, batch.stacked, batch.chunk(None), local)
     if not batch.stacked:
         return [order(size) for size in magnitudes]
     if not all(map(is_on_host, magnitudes)):
@@ -297,7 +306,7 @@ def _tensor_order(one: Select, batch: Batch) -> list[jax.Array]:
 
 def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
     """Per model, the order of all its values; tensors one after the other in the order of their names."""
-    magnitudes = [_magnitudes(one, batch.stacked, _plain_chunk(batch)) for batch in batches]
+    magnitudes = [_magnitudes(one, batch.stacked, batch.chunk(None), None) for batch in batches]
     orders = []
     for i in range(len(batches[0].models)):
         sizes = _by_name(batches, [found[i] for found in magnitudes])
@@ -307,19 +316,21 @@ def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _look_up(one: Select, stacked: bool, chunk: Chunk, counts: Any, orders: Any) -> Any:
-    def single(chunk: Chunk, counts: Any, orders: Any) -> Any:
+def _look_up(one: Select, stacked: bool, chunk: Chunk, local: Any, counts: Any, orders: Any) -> Any:
+    def single(chunk: Chunk, local: Any, counts: Any, orders: Any) -> Any:
         return [
-            tuple(_at_rank(one, chunk, i, ranked, k) for k in ks)
+            tuple(_at_rank(one, chunk, local, i, ranked, k) for k in ks)
             for i, (ranked, ks) in enumerate(zip(orders, counts, strict=True))
         ]
 
-    return (jax.vmap(single) if stacked else single)(chunk, counts, orders)
+    return (jax.vmap(single) if stacked else single)(chunk, local, counts, orders)
 
 
-def _at_rank(one: Select, chunk: Chunk, model: int, ranked: jax.Array, k: jax.Array) -> Selection:
-    place = ranked[jnp.clip(k.astype(jnp.int32) - 1, 0, chunk.size - 1)].astype(jnp.int32)
-    threshold = key_bits(_value_at(one, chunk, model, place))
+def _at_rank(
+    one: Select, chunk: Chunk, local: Any, model: int, ranked: jax.Array, k: jax.Array
+) -> Selection:
+    place = ranked[jnp.clip(k.astype(jnp.int32) - 1, 0, ranked.size - 1)].astype(jnp.int32)
+    threshold = key_bits(_value_at(one, chunk, local, model, place))
     return Selection(jnp.where(k > 0, threshold, _NOTHING), jnp.where(k > 0, place, jnp.int32(-1)))
 
 
@@ -393,7 +404,7 @@ def _key_at(
     def single(chunk: Chunk, start: jax.Array) -> jax.Array:
         inside = (last >= start) & (last - start < np.uint32(chunk.size))
         place = jnp.where(inside, last - start, 0).astype(jnp.int32)
-        return jnp.where(inside, key_bits(_value_at(one, chunk, model, place)), 0)
+        return jnp.where(inside, key_bits(_value_at(one, chunk, None, model, place)), 0)
 
     return jnp.max(jax.vmap(single)(chunk, start)) if stacked else single(chunk, start[0])
 
@@ -415,8 +426,18 @@ _NOTHING = np.uint32(2**32 - 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _magnitudes(one: Select, stacked: bool, chunk: Chunk) -> list[jax.Array]:
-    return jax.vmap(one.values)(chunk) if stacked else one.values(chunk)
+def _magnitudes(one: Select, stacked: bool, chunk: Chunk, local: Any) -> list[jax.Array]:
+    single = functools.partial(_values_of, one)
+    return jax.vmap(single)(chunk, local) if stacked else single(chunk, local)
+
+
+def _values_of(one: Select, chunk: Chunk, local: Any) -> list[jax.Array]:
+    return one.values(chunk) if one.of is None else one.values(chunk, local)
+
+
+def _found_by(one: Select, found: Mapping[str, Any]) -> Any:
+    """What the `Local` found that a selection is `of`."""
+    return None if one.of is None else found[one.of]
 
 
 def _counts(one: Select, batch: Batch, values: BatchValues, found: Mapping[str, Any]) -> Any:
@@ -458,14 +479,9 @@ def _spread(tree: Any, length: int) -> Any:
     )
 
 
-def _plain_chunk(batch: Batch) -> Chunk:
-    offset = jnp.zeros(len(batch.tensor_names) if batch.stacked else (), jnp.uint32)
-    return Chunk(batch.models, batch.base, None, offset, batch.tensor_size)
-
-
-def _value_at(one: Select, chunk: Chunk, model: int, place: jax.Array) -> jax.Array:
-    if one.rowwise:
-        return _pick(place, one.values(chunk)[model])
+def _value_at(one: Select, chunk: Chunk, local: Any, model: int, place: jax.Array) -> jax.Array:
+    if one.rowwise or one.of is not None:
+        return _pick(place, _values_of(one, chunk, local)[model])
     return one.values(_element(chunk, place))[model]
 
 
@@ -473,7 +489,10 @@ def _element(chunk: Chunk, place: jax.Array) -> Chunk:
     """A chunk of the single element at a flat index."""
     pick = functools.partial(_pick, place)
     base = None if chunk.base is None else pick(chunk.base)
-    return Chunk(tuple(map(pick, chunk.models)), base, None, place.astype(jnp.uint32), chunk.size)
+    models = tuple(map(pick, chunk.models))
+    return replace(
+        chunk, models=models, base=base, seed=None, offset=place.astype(jnp.uint32), extras={}
+    )
 
 
 def _pick(place: jax.Array, array: jax.Array) -> jax.Array:

@@ -35,12 +35,13 @@ def merge(
       key: a JAX key; required by random methods.
       layout: how leaves relate to a checkpoint's tensors; see `jaxmerge.tree.Layout`.
       dtype: dtype of the merged leaves; default: that of the base, or of the first model. Arithmetic is in float32.
-      extras: what else the method declares (data, Grams).
+      extras: what else the method declares in `MergeMethod.extras` (Fisher information, Gram matrices), by name.
       options: the method's static options, where `method` is a name.
       **hyperparams: numbers, sequences or 1-D arrays (one number per model), or `jaxmerge.tree.per_block` values.
 
     Returns:
-      A pytree like the base (or the first model).
+      A pytree like the base (or the first model). A method with per-task results (`MergeMethod.per_task`) returns the
+      pytree and a `PerTask`.
 
     Raises:
       ValueError: unknown method, hyperparameter or tensor, wrong lengths or shapes, a value out of bounds, a missing
@@ -56,9 +57,9 @@ def merge(
         method = get(method)(**(options or {}))
     elif options:
         raise ValueError("options go with a method's name; this is a constructed method")
-    if method.leaf is not None and not extras:
+    if method.leaf is not None:
         return engine.merge_once(
-            method.leaf, models, base, hyperparams, key, layout=layout, dtype=dtype
+            method.leaf, models, base, hyperparams, key, layout=layout, extras=extras, dtype=dtype
         )
     state = method.init(models, base, layout=layout, extras=extras, dtype=dtype)
     return method.apply(state, hyperparams, key)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxmerge.methods import engine
+from jaxmerge.methods.extras import Extra
 from jaxmerge.methods.leaf import Base, LeafMethod
 
 
@@ -20,14 +21,15 @@ class MergeMethod:
 
     Attributes:
       init: (models, base=None, *, layout=None, extras=None, dtype=None) -> state.
-      apply: (state, hyperparams={}, key=None) -> params.
+      apply: (state, hyperparams={}, key=None) -> params, or (params, `PerTask`) where `per_task` says so.
       hyperparams: `Hyperparameter` by name; nested where a combinator nests them.
       name: the registered name.
       summary: one line for tables.
       base: see `LeafMethod`.
       models: how few and how many models it takes; a base counts only as a "source"; None for no limit.
       random: whether `apply` needs a key.
-      extras: what else `init` needs, by name.
+      extras: what else `init` needs: `Extra` by name.
+      per_task: whether `apply` also returns what makes each model's own version of the result.
       leaf: the leaf method that it is built from, or None.
       family: the task-vector family's description of it, or None (lets `choose` fuse members).
     """
@@ -40,7 +42,8 @@ class MergeMethod:
     base: Base = "optional"
     models: tuple[int, int | None] = (1, None)
     random: bool = False
-    extras: tuple[str, ...] = ()
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    per_task: bool = False
     leaf: LeafMethod | None = None
     family: Any = field(default=None, repr=False)
 
@@ -65,9 +68,7 @@ def from_leaf(leaf: LeafMethod, *, summary: str, family: Any = None) -> MergeMet
         extras: Any = None,
         dtype: Any = None,
     ) -> engine.MergeState:
-        if extras:
-            raise ValueError(f"{leaf.name} takes no extras, found {sorted(extras)}")
-        return engine.init(leaf, models, base, layout=layout, dtype=dtype)
+        return engine.init(leaf, models, base, layout=layout, extras=extras, dtype=dtype)
 
     def apply(
         state: engine.MergeState,
@@ -85,7 +86,8 @@ def from_leaf(leaf: LeafMethod, *, summary: str, family: Any = None) -> MergeMet
         leaf.base,
         leaf.models,
         leaf.random,
-        (),
+        leaf.extras,
+        leaf.per_task is not None,
         leaf,
         family,
     )

@@ -233,10 +233,19 @@ class _Resolver:
                 self._problem(f"{name} has no option {key!r}{hint}", "options", key)
         self._raise()
         try:
-            return constructor(**options), {**defaults, **options}
+            method = constructor(**options)
         except (TypeError, ValueError) as error:
             self._problem(str(error), "options", *list(options)[:1])
             raise RecipeError(self.problems, filename=self.recipe.filename) from error
+        needed = [name for name, extra in method.extras.items() if extra.required]
+        if needed:
+            meaning = method.extras[needed[0]].meaning
+            self._problem(
+                f"{name} needs {meaning}, which a recipe cannot give; call jaxmerge.merge from Python",
+                "merge_method",
+            )
+            self._raise()
+        return method, {**defaults, **options}
 
     def _switches(self, peer: MethodDialect) -> dict[str, bool]:
         """Returns the flags of the recipe that choose the structure of the method."""

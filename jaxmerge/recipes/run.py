@@ -27,6 +27,7 @@ from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.output import UNFINISHED, is_file, mark_unfinished, unmark
 from jaxmerge.recipes.plan import Plan, PlannedTensor, measures_whole_model
 from jaxmerge.recipes.provenance import write_provenance
+from jaxmerge.tree import Layout, TensorLayout, depths
 
 Progress = Callable[[str, int, int], None]
 Format = Literal["safetensors", "torch"]
@@ -84,15 +85,17 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     models, base = load_sources(plan)
     untied = [tensor.name for tensor in plan.tensors if tensor.tied_to is None]
     hyperparameters: dict[str, Any] = dict(plan.resolved.hyperparameters)
+    method = plan.resolved.method
     with _wide_enough(plan.tensors):
         merged = merge(
-            plan.resolved.method,
+            method,
             [{name: model[name] for name in untied} for model in models],
             base=None if base is None else {name: base[name] for name in untied},
             key=jax.random.key(plan.seed),
             dtype=plan.resolved.written_dtype,
             **hyperparameters,
         )
+    merged = merged[0] if method.per_task else merged
     for tensor in plan.tensors:
         yield tensor.name, _stored(merged[tensor.tied_to or tensor.name], tensor)
 
@@ -100,6 +103,8 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
 def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """One tensor at a time; memory holds one tensor of every source."""
     key = jax.random.key(plan.seed)
+    # A tensor by itself does not tell how deep it lies in its model.
+    depth = depths(tensor.name for tensor in plan.tensors)
     with contextlib.ExitStack() as stack:
         checkpoints = [
             stack.enter_context(open_checkpoint(source.path, key=source.key))
@@ -122,6 +127,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
                     [{name: arrays[i]} for i in plan.models],
                     base=None if plan.base is None else {name: arrays[plan.base]},
                     key=key,
+                    layout=Layout({name: TensorLayout((name,), depths=(depth[name],))}),
                     dtype=storage_dtype(tensor.dtype),
                     **hyperparameters,
                 )

@@ -148,6 +148,7 @@ class _Runner:
 
     def _candidate(self, state: Any, row: Mapping[str, Any], key: Any) -> dict[str, Any]:
         merged = self.method.apply(state, {**self.grid.fixed, **row}, key)
+        merged = merged[0] if self.method.per_task else merged
         return {t.name: merged[t.tied_to or t.name] for t in self.plan.tensors}
 
     def _score(self, merged: dict[str, Any], groups: Any) -> jax.Array:

@@ -1,13 +1,14 @@
 """The static layout: how each leaf of a tree relates to the tensor of a checkpoint that it came from."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.tree.depth import depths
 from jaxmerge.tree.paths import flatten
 
 
@@ -26,6 +27,7 @@ class TensorLayout:
       stacked: axis 0 of the leaf runs over layers (`names` has one entry per layer).
       outputs: the checkpoint tensor's output axes.
       inputs: its input axes; None for all the others.
+      depths: how deep each of `names` lies in its model, 0 to 1; None to read it from the names (see `depths`).
     """
 
     names: tuple[str, ...]
@@ -34,6 +36,7 @@ class TensorLayout:
     stacked: bool = False
     outputs: tuple[int, ...] = (0,)
     inputs: tuple[int, ...] | None = None
+    depths: tuple[float, ...] | None = None
 
     def to_checkpoint(self, leaf: jax.Array) -> jax.Array:
         """Brings one layer of the leaf into the checkpoint's element order."""
@@ -49,6 +52,44 @@ class TensorLayout:
         inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return jnp.transpose(tensor, inverse)
 
+    def checkpoint_axes(
+        self, axes: tuple[int, ...], leaf_shape: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """The checkpoint tensor's axes that hold the given axes of one layer of the leaf.
+
+        Returns:
+          The axes in ascending order, or None where the reshape mixes the given axes with others.
+
+        Example:
+          >>> heads = TensorLayout(("q.weight",), axes=(1, 2, 0), shape=(4, 6))
+          >>> heads.checkpoint_axes((0,), (6, 2, 2)), heads.checkpoint_axes((1, 2), (6, 2, 2))
+          ((1,), (0,))
+        """
+        order = range(len(leaf_shape)) if self.axes is None else self.axes
+        moved = [(leaf_shape[axis], axis in axes) for axis in order]
+        if self.shape is None:
+            return tuple(i for i, (_, inside) in enumerate(moved) if inside)
+        found: list[int] = []
+        rest = [(size, inside) for size, inside in moved if size != 1]
+        group: list[int] = []
+        for axis, size in enumerate(self.shape):
+            if size == 1:
+                continue
+            group.append(axis)
+            want, have, sides = math.prod(self.shape[i] for i in group), 1, set()
+            taken = 0
+            while have < want:
+                have *= rest[taken][0]
+                sides.add(rest[taken][1])
+                taken += 1
+            if have > want:
+                continue
+            if len(sides) > 1:
+                return None
+            found += group if True in sides else []
+            rest, group = rest[taken:], []
+        return tuple(found)
+
     @property
     def transform(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """What decides whether two leaves can be computed as one batch."""
@@ -63,6 +104,10 @@ class TensorLayout:
             )
         if not self.stacked and len(self.names) != 1:
             raise ValueError(f"layout of {path!r} has {len(self.names)} names for one tensor")
+        if self.depths is not None and len(self.depths) != len(self.names):
+            raise ValueError(
+                f"layout of {path!r} has {len(self.depths)} depths for {len(self.names)} names"
+            )
         if self.axes is not None and sorted(self.axes) != list(range(len(one))):
             raise ValueError(f"layout of {path!r}: axes {self.axes} do not permute shape {one}")
         if self.shape is not None and math.prod(self.shape) != math.prod(one):
@@ -87,6 +132,15 @@ class Layout(Mapping[str, TensorLayout]):
     def of(self, path: str) -> TensorLayout:
         """The layout of a leaf, the identity where none was given."""
         return self._tensors.get(path) or TensorLayout((path,))
+
+    def depths(self, paths: Iterable[str]) -> dict[str, tuple[float, ...]]:
+        """How deep each leaf's tensors lie in the model that these paths make up; see `jaxmerge.tree.depths`."""
+        layouts = {path: self.of(path) for path in paths}
+        named = depths(name for layout in layouts.values() for name in layout.names)
+        return {
+            path: layout.depths or tuple(named[name] for name in layout.names)
+            for path, layout in layouts.items()
+        }
 
     def __getitem__(self, path: str) -> TensorLayout:
         return self._tensors[path]

@@ -58,7 +58,7 @@ def test_models_that_do_not_match(other: Any, message: str) -> None:
         ({"options": {"scop": "tensor"}}, r"no option 'scop'; did you mean 'scope'\?"),
         ({"options": {"scope": "layer"}}, "option scope must be one of 'model', 'tensor'"),
         ({"layout": jm.tree.Layout({"x": jm.tree.TensorLayout(("x",))})}, "describes 'x'"),
-        ({"extras": {"fisher": 1}}, "takes no extras"),
+        ({"extras": {"fisher": 1}}, "takes no extra"),
         ({"method": "dare_linear"}, "is random and needs key="),
         ({"method": "slerp"}, "takes 2 model.*found 3"),
         (
