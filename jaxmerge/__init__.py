@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge._version import __version__
 
 if TYPE_CHECKING:
-    from jaxmerge import methods, tree
+    from jaxmerge import fusion, learning, methods, statistics, tree
     from jaxmerge.methods import MergeMethod, merge
 
-__all__ = ["MergeMethod", "__version__", "merge", "methods", "tree"]
+__all__ = [
+    "MergeMethod",
+    "__version__",
+    "fusion",
+    "learning",
+    "merge",
+    "methods",
+    "statistics",
+    "tree",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use: the command line answers `--help` without waiting for JAX.
-    if name in ("methods", "tree"):
+    if name in ("fusion", "learning", "methods", "statistics", "tree"):
         return importlib.import_module(f"jaxmerge.{name}")
     if name in ("MergeMethod", "merge"):
         return getattr(importlib.import_module("jaxmerge.methods"), name)

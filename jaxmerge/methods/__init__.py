@@ -9,12 +9,15 @@ from jaxmerge.methods.merging import merge
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.operators.arcee_fusion import arcee_fusion
 from jaxmerge.methods.operators.averages import linear
+from jaxmerge.methods.operators.fisher import fisher, uncertainty
 from jaxmerge.methods.operators.karcher import karcher
+from jaxmerge.methods.operators.mats import mats
 from jaxmerge.methods.operators.model_stock import model_stock
 from jaxmerge.methods.operators.multislerp import multislerp
 from jaxmerge.methods.operators.nearswap import nearswap
 from jaxmerge.methods.operators.passthrough import passthrough
 from jaxmerge.methods.operators.ram import ram, ramplus_tl
+from jaxmerge.methods.operators.regmean import regmean
 from jaxmerge.methods.operators.sce import sce
 from jaxmerge.methods.operators.spherical import nuslerp, slerp
 from jaxmerge.methods.operators.task_vectors import (
@@ -27,6 +30,7 @@ from jaxmerge.methods.operators.task_vectors import (
     task_arithmetic,
     ties,
 )
+from jaxmerge.methods.operators.wudi import wudi
 from jaxmerge.methods.per_task import PerTask, for_task
 from jaxmerge.methods.registry import allowed, get, names, options, register
 
@@ -52,11 +56,13 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "fisher",
     "for_task",
     "from_leaf",
     "get",
     "karcher",
     "linear",
+    "mats",
     "merge",
     "model_stock",
     "multislerp",
@@ -68,8 +74,11 @@ __all__ = [
     "ram",
     "ramplus_tl",
     "register",
+    "regmean",
     "sce",
     "slerp",
     "task_arithmetic",
     "ties",
+    "uncertainty",
+    "wudi",
 ]

@@ -227,8 +227,9 @@ def _measure(one: Measure, b: int, branch: Branch) -> Measure:
             if f"{b}/{earlier.name}" in found
         }
 
-    if isinstance(one, Select):
+    if isinstance(one, Select | Local):
         one = one._replace(of=one.of and f"{b}/{one.of}")
+    if isinstance(one, Select):
         counts = one.counts
         if one.reads_found:
             return one._replace(

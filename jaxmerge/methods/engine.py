@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.methods import draws, hyperparameters
-from jaxmerge.methods.extras import Gathered, Gram, gather, gram_axes, gram_matrix
+from jaxmerge.methods.extras import Gathered, Side, gather, gram_axes, gram_matrix
 from jaxmerge.methods.inputs import check_count, dtype_of, flatten_all, is_mergeable
 from jaxmerge.methods.leaf import Chunk, LeafMethod
 from jaxmerge.methods.measuring import Prepared, measure, prepare
@@ -273,7 +273,10 @@ def _batch(
     extras = {name: tuple(rest.pop(0) for _ in gathered[name]) for name in like}
     for name in present:
         if name not in extras:
-            extras[name] = tuple(_join_grams(members, stacked, tree) for tree in gathered[name])
+            side = leaf.extras[name].side
+            extras[name] = tuple(
+                _join_grams(members, stacked, tree, side) for tree in gathered[name]
+            )
     models = joined if flat_base is None else joined[:-1]
     names = np.array([name_words(name) for m in members for name in m.layout.names], np.uint32)
     lengths = [len(m.layout.names) for m in members]
@@ -291,21 +294,25 @@ def _batch(
     )
 
 
-def _join_grams(members: list[Member], stacked: bool, grams: Mapping[str, Any]) -> jax.Array:
+def _join_grams(
+    members: list[Member], stacked: bool, grams: Mapping[str, Any], side: Side
+) -> jax.Array:
     matrices = []
     for member in members:
-        shape = member.shape[1:] if member.layout.stacked else member.shape
-        matrix = gram_matrix(grams[member.path], member.layout, shape)
-        layers = member.shape[:1] if member.layout.stacked else ()
+        layered = member.layout.stacked
+        shape = member.shape[1:] if layered else member.shape
         gram = grams[member.path]
-        axes = gram.axes if isinstance(gram, Gram) else None
-        side = matrix.shape[-1] if axes is None else math.prod(shape[axis] for axis in axes)
-        if matrix.shape != (*layers, side, side):
+        matrix = gram_matrix(gram, member.layout, shape)
+        axes = gram_axes(gram, member.path, member.layout, shape, side)
+        tensor = member.layout.checkpoint_shape(shape)
+        size = math.prod(tensor[axis] for axis in axes)
+        expected = (*member.shape[: int(layered)], size, size)
+        if matrix.shape != expected:
             raise ValueError(
-                f"the Gram matrix of {member.path!r} should have shape {[*layers, side, side]}, "
+                f"the Gram matrix of {member.path!r} should have shape {list(expected)}, "
                 f"found {list(matrix.shape)}"
             )
-        matrices.append(matrix if member.layout.stacked or not stacked else matrix[None])
+        matrices.append(matrix if layered or not stacked else matrix[None])
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)
 
 

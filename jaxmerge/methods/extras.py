@@ -11,6 +11,7 @@ import numpy as np
 from jaxmerge.tree import TensorLayout, flatten, nearest
 
 Kind = Literal["like", "gram"]
+Side = Literal["inputs", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Extra:
     kind: Kind
     per: Literal["model", "shared"] = "model"
     required: bool = True
-    side: Literal["inputs", "outputs"] = "inputs"
+    side: Side = "inputs"
 
 
 @jax.tree_util.register_dataclass
@@ -97,20 +98,19 @@ def gather(
 
 
 def gram_axes(
-    gram: Any, path: str, layout: TensorLayout, shape: tuple[int, ...]
+    gram: Any, path: str, layout: TensorLayout, shape: tuple[int, ...], side: Side = "inputs"
 ) -> tuple[int, ...]:
     """The checkpoint's axes that a Gram matrix runs over; `shape` is that of one layer of the leaf."""
     if not isinstance(gram, Gram):
-        outputs = layout.outputs
-        tensor = shape if layout.axes is None else tuple(shape[axis] for axis in layout.axes)
-        rank = len(layout.shape if layout.shape is not None else tensor)
-        return layout.inputs or tuple(axis for axis in range(rank) if axis not in outputs)
-    axes = layout.checkpoint_axes(gram.axes, shape)
-    if axes is None:
+        axes = range(len(layout.checkpoint_shape(shape)))
+        inputs = layout.inputs or tuple(axis for axis in axes if axis not in layout.outputs)
+        return inputs if side == "inputs" else tuple(axis for axis in axes if axis not in inputs)
+    found = layout.checkpoint_axes(gram.axes, shape)
+    if found is None:
         raise ValueError(
             f"the layout of {path!r} mixes the axes {gram.axes} of a Gram matrix with others"
         )
-    return axes
+    return found
 
 
 def gram_matrix(gram: Any, layout: TensorLayout, shape: tuple[int, ...]) -> jax.Array:

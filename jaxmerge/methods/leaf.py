@@ -101,10 +101,11 @@ class Sums(NamedTuple):
 
     Attributes:
       name: the key of the result in `found`.
-      statistics: (chunk, values, found) -> pytree of sums; adding the pytrees of two chunks gives that of both.
+      statistics: (chunk, values, found) -> pytree of sums; reducing the pytrees of two chunks gives that of both.
       finish: (sums, values, found) -> what `apply` uses.
       needs_values: False where neither function reads hyperparameters or draws: a sweep then measures once.
       scope: over one tensor or over all tensors of the model.
+      reduce: how the statistics of two chunks become those of both: their "sum", or the larger ("max").
     """
 
     name: str
@@ -112,6 +113,7 @@ class Sums(NamedTuple):
     finish: Callable[[Any, Values, Found], Any]
     needs_values: bool = True
     scope: MeasureScope = "tensor"
+    reduce: Literal["sum", "max"] = "sum"
 
 
 class Select(NamedTuple):
@@ -148,11 +150,13 @@ class Local(NamedTuple):
       name: the key of the result in `found`.
       values: (chunk) -> pytree of arrays that belong to this chunk.
       scope: always "tensor".
+      of: the name of an earlier `Sums` that needs no values: `values` then takes its result as a second argument.
     """
 
     name: str
-    values: Callable[[Chunk], Any]
+    values: Callable[..., Any]
     scope: Literal["tensor"] = "tensor"
+    of: str | None = None
 
 
 Measure = Sums | Select | Local

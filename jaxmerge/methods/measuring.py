@@ -54,14 +54,18 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
             nothing: list[BatchValues] = [({}, False)] * len(batches)
             results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
         elif isinstance(one, Local):
-            results = [_local(one, batch.stacked, batch.chunk(None)) for batch in batches]
+            results = [
+                _local(one, batch.stacked, batch.chunk(None), _found_by(one, kept))
+                for batch, kept in zip(batches, prepared, strict=True)
+            ]
         elif one.scope == "tensor":
             results = [
                 _tensor_order(one, batch, _found_by(one, kept))
                 for batch, kept in zip(batches, prepared, strict=True)
             ]
         else:
-            results = [_model_order(one, batches)] * len(batches)
+            locals_ = [_found_by(one, kept) for kept in prepared]
+            results = [_model_order(one, batches, locals_)] * len(batches)
         for kept, result in zip(prepared, results, strict=True):
             kept[one.name] = result
     return prepared
@@ -92,8 +96,8 @@ def measure(
                 results = [kept[one.name] for kept in prepared]
             else:
                 results = [
-                    _local(one, batch.stacked, chunk)
-                    for batch, chunk in zip(batches, chunks, strict=True)
+                    _local(one, batch.stacked, chunk, _found_by(one, seen))
+                    for batch, chunk, seen in zip(batches, chunks, found, strict=True)
                 ]
         elif one.scope == "tensor":
             counts = [_counts(one, *item) for item in zip(batches, values, found, strict=True)]
@@ -110,11 +114,13 @@ def measure(
                     _select_tensor(one, batch, chunk, _found_by(one, seen), ks)
                     for batch, chunk, seen, ks in zip(batches, chunks, found, counts, strict=True)
                 ]
-        elif prepared is not None:
-            orders = [kept[one.name] for kept in prepared]
-            results = _look_up_model(one, batches, chunks, values, orders)
         else:
-            results = _select_model(one, batches, chunks, values)
+            locals_ = [_found_by(one, seen) for seen in found]
+            if prepared is not None:
+                orders = [kept[one.name] for kept in prepared]
+                results = _look_up_model(one, batches, chunks, locals_, values, orders)
+            else:
+                results = _select_model(one, batches, chunks, locals_, values)
         for seen, result in zip(found, results, strict=True):
             seen[one.name] = result
     return found
@@ -140,11 +146,12 @@ def _sums(
         _statistics(one, batch.stacked, per_tensor, chunk, given, seen)
         for batch, chunk, (given, per_tensor), seen in items
     ]
+    within, across = (jnp.sum, jnp.add) if one.reduce == "sum" else (jnp.max, jnp.maximum)
     summed = [
-        jax.tree.map(lambda x: jnp.sum(x, axis=0), sums) if batch.stacked else sums
+        jax.tree.map(lambda x: within(x, axis=0), sums) if batch.stacked else sums
         for batch, sums in zip(batches, statistics, strict=True)
     ]
-    total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), summed)
+    total = functools.reduce(lambda a, b: jax.tree.map(across, a, b), summed)
     results = []
     for batch, (given, per_tensor), seen in zip(batches, values, found, strict=True):
         whole = _spread(total, len(batch.tensor_names)) if batch.stacked else total
@@ -180,8 +187,9 @@ def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _local(one: Local, stacked: bool, chunk: Chunk) -> Any:
-    return jax.vmap(one.values)(chunk) if stacked else one.values(chunk)
+def _local(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
+    single = functools.partial(_values_of, one)
+    return jax.vmap(single)(chunk, seen) if stacked else single(chunk, seen)
 
 
 # Order statistics, directly -----------------------------------------------------------------------------------------
@@ -226,12 +234,13 @@ def _select_model(
     one: Select,
     batches: Sequence[Batch],
     chunks: Sequence[Chunk],
+    locals_: Sequence[Any],
     values: Sequence[BatchValues],
 ) -> list[Any]:
     """Selections over the whole model: ties go to the tensor whose name sorts first, then to the lower index."""
     magnitudes = [
-        _magnitudes(one, batch.stacked, chunk, None)
-        for batch, chunk in zip(batches, chunks, strict=True)
+        _magnitudes(one, batch.stacked, chunk, local)
+        for batch, chunk, local in zip(batches, chunks, locals_, strict=True)
     ]
     counts = _model_counts(one, batches, values)
     result: list[list[Any]] = [[] for _ in batches]
@@ -304,9 +313,12 @@ def _tensor_order(one: Select, batch: Batch, local: Any) -> list[jax.Array]:
     return [jnp.asarray(np.stack([order(row) for row in np.asarray(size)])) for size in magnitudes]
 
 
-def _model_order(one: Select, batches: Sequence[Batch]) -> list[jax.Array]:
+def _model_order(one: Select, batches: Sequence[Batch], locals_: Sequence[Any]) -> list[jax.Array]:
     """Per model, the order of all its values; tensors one after the other in the order of their names."""
-    magnitudes = [_magnitudes(one, batch.stacked, batch.chunk(None), None) for batch in batches]
+    magnitudes = [
+        _magnitudes(one, batch.stacked, batch.chunk(None), local)
+        for batch, local in zip(batches, locals_, strict=True)
+    ]
     orders = []
     for i in range(len(batches[0].models)):
         sizes = _by_name(batches, [found[i] for found in magnitudes])
@@ -338,6 +350,7 @@ def _look_up_model(
     one: Select,
     batches: Sequence[Batch],
     chunks: Sequence[Chunk],
+    locals_: Sequence[Any],
     values: Sequence[BatchValues],
     orders: Sequence[list[jax.Array]],
 ) -> list[Any]:
@@ -345,6 +358,7 @@ def _look_up_model(
         one,
         tuple(batch.stacked for batch in batches),
         list(chunks),
+        list(locals_),
         _starts(batches),
         _model_counts(one, batches, values),
         orders[0],
@@ -356,13 +370,14 @@ def _look_up_all(
     one: Select,
     stacked: tuple[bool, ...],
     chunks: list[Chunk],
+    locals_: list[Any],
     starts: list[jax.Array],
     counts: list[tuple[jax.Array, ...]],
     orders: list[jax.Array],
 ) -> list[list[tuple[Selection, ...]]]:
     """Per batch and model a tuple of selections, one per count."""
     by_model = [
-        [_at_model_rank(one, stacked, chunks, starts, i, ranked, k) for k in ks]
+        [_at_model_rank(one, stacked, chunks, locals_, starts, i, ranked, k) for k in ks]
         for i, (ks, ranked) in enumerate(zip(counts, orders, strict=True))
     ]
     return [
@@ -375,6 +390,7 @@ def _at_model_rank(
     one: Select,
     stacked: tuple[bool, ...],
     chunks: list[Chunk],
+    locals_: list[Any],
     starts: list[jax.Array],
     model: int,
     ranked: jax.Array,
@@ -382,8 +398,8 @@ def _at_model_rank(
 ) -> list[Selection]:
     last = ranked[jnp.maximum(k, 1) - 1].astype(jnp.uint32)
     keys = [
-        _key_at(one, many, model, chunk, last, start)
-        for many, chunk, start in zip(stacked, chunks, starts, strict=True)
+        _key_at(one, many, model, chunk, local, last, start)
+        for many, chunk, local, start in zip(stacked, chunks, locals_, starts, strict=True)
     ]
     threshold = jnp.where(k > 0, functools.reduce(jnp.maximum, keys), _NOTHING)
     selections = []
@@ -397,16 +413,24 @@ def _at_model_rank(
 
 
 def _key_at(
-    one: Select, stacked: bool, model: int, chunk: Chunk, last: jax.Array, start: jax.Array
+    one: Select,
+    stacked: bool,
+    model: int,
+    chunk: Chunk,
+    local: Any,
+    last: jax.Array,
+    start: jax.Array,
 ) -> jax.Array:
     """The key of the entry at the model-wide place `last` where it lies in this batch, else 0."""
 
-    def single(chunk: Chunk, start: jax.Array) -> jax.Array:
+    def single(chunk: Chunk, local: Any, start: jax.Array) -> jax.Array:
         inside = (last >= start) & (last - start < np.uint32(chunk.size))
         place = jnp.where(inside, last - start, 0).astype(jnp.int32)
-        return jnp.where(inside, key_bits(_value_at(one, chunk, None, model, place)), 0)
+        return jnp.where(inside, key_bits(_value_at(one, chunk, local, model, place)), 0)
 
-    return jnp.max(jax.vmap(single)(chunk, start)) if stacked else single(chunk, start[0])
+    if stacked:
+        return jnp.max(jax.vmap(single)(chunk, local, start))
+    return single(chunk, local, start[0])
 
 
 def _starts(batches: Sequence[Batch]) -> list[jax.Array]:
@@ -431,12 +455,12 @@ def _magnitudes(one: Select, stacked: bool, chunk: Chunk, local: Any) -> list[ja
     return jax.vmap(single)(chunk, local) if stacked else single(chunk, local)
 
 
-def _values_of(one: Select, chunk: Chunk, local: Any) -> list[jax.Array]:
-    return one.values(chunk) if one.of is None else one.values(chunk, local)
+def _values_of(one: Select | Local, chunk: Chunk, seen: Any) -> Any:
+    return one.values(chunk) if one.of is None else one.values(chunk, seen)
 
 
-def _found_by(one: Select, found: Mapping[str, Any]) -> Any:
-    """What the `Local` found that a selection is `of`."""
+def _found_by(one: Select | Local, found: Mapping[str, Any]) -> Any:
+    """What the measure found that this one is `of`."""
     return None if one.of is None else found[one.of]
 
 

@@ -52,6 +52,12 @@ class TensorLayout:
         inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return jnp.transpose(tensor, inverse)
 
+    def checkpoint_shape(self, leaf_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The checkpoint tensor's shape, from the shape of one layer of the leaf."""
+        if self.shape is not None:
+            return self.shape
+        return leaf_shape if self.axes is None else tuple(leaf_shape[axis] for axis in self.axes)
+
     def checkpoint_axes(
         self, axes: tuple[int, ...], leaf_shape: tuple[int, ...]
     ) -> tuple[int, ...] | None:
