@@ -122,10 +122,10 @@ def _build(items: tuple[tuple[str, MergeMethod], ...]) -> MergeMethod:
         extras=MappingProxyType(
             {name: extra for branch in branches for name, extra in branch.leaf.extras.items()}
         ),
-        sizes=lambda shape, models: {
+        sizes=lambda shape, inputs, models: {
             name: size
             for branch in branches
-            for name, size in branch.leaf.sizes(shape, models).items()
+            for name, size in branch.leaf.sizes(shape, inputs, models).items()
         },
     )
     return from_leaf(leaf, summary="A traced choice between methods.")

@@ -369,7 +369,7 @@ def _merged(
     leaf_values = []
     for batch in batches:
         sizes = {
-            **leaf.sizes(batch.tensor_shape, sources),
+            **leaf.sizes(batch.tensor_shape, batch.inputs, sources),
             "tensor": batch.tensor_size,
             "model": total,
         }

@@ -151,12 +151,15 @@ class Local(NamedTuple):
       values: (chunk) -> pytree of arrays that belong to this chunk.
       scope: always "tensor".
       of: the name of an earlier `Sums` that needs no values: `values` then takes its result as a second argument.
+      on_host: whether `values` runs as it stands, outside of any program, where the arrays are at hand; for functions
+        that know a faster way there.
     """
 
     name: str
     values: Callable[..., Any]
     scope: Literal["tensor"] = "tensor"
     of: str | None = None
+    on_host: bool = False
 
 
 Measure = Sums | Select | Local
@@ -179,7 +182,8 @@ class LeafMethod:
       extras: what else it needs, by name; `chunk.extras` holds it.
       per_task: (chunk, values, found) -> bool masks [models, ...] and factors [models] that make each model's own
         version of the result, or None; see `jaxmerge.methods.per_task`.
-      sizes: (shape, models) -> what else than a "tensor" and a "model" a fraction may be a share of, by name.
+      sizes: (shape, inputs, models) -> what else than a "tensor" and a "model" a fraction may be a share of, by name;
+        `shape` and `inputs` (axes) are the tensor's.
       cuts: how a tensor may be cut into chunks: between any "elements"; between "rows", that is between indices of the
         first axis of a tensor of two or more axes; or "never".
     """
@@ -194,7 +198,9 @@ class LeafMethod:
     cuts: Cuts = "elements"
     extras: Mapping[str, Extra] = field(default_factory=dict)
     per_task: Callable[[Chunk, Values, Found], tuple[jax.Array, jax.Array]] | None = None
-    sizes: Callable[[tuple[int, ...], int], Mapping[str, int]] = lambda shape, models: {}
+    sizes: Callable[[tuple[int, ...], tuple[int, ...], int], Mapping[str, int]] = (
+        lambda shape, inputs, models: {}
+    )
 
 
 def widen(array: jax.Array) -> jax.Array:

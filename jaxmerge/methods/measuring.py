@@ -64,8 +64,8 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
                 for batch, kept in zip(batches, prepared, strict=True)
             ]
         else:
-            locals_ = [_found_by(one, kept) for kept in prepared]
-            results = [_model_order(one, batches, locals_)] * len(batches)
+            known = [_found_by(one, kept) for kept in prepared]
+            results = [_model_order(one, batches, known)] * len(batches)
         for kept, result in zip(prepared, results, strict=True):
             kept[one.name] = result
     return prepared
@@ -115,12 +115,12 @@ def measure(
                     for batch, chunk, seen, ks in zip(batches, chunks, found, counts, strict=True)
                 ]
         else:
-            locals_ = [_found_by(one, seen) for seen in found]
+            known = [_found_by(one, seen) for seen in found]
             if prepared is not None:
                 orders = [kept[one.name] for kept in prepared]
-                results = _look_up_model(one, batches, chunks, locals_, values, orders)
+                results = _look_up_model(one, batches, chunks, known, values, orders)
             else:
-                results = _select_model(one, batches, chunks, locals_, values)
+                results = _select_model(one, batches, chunks, known, values)
         for seen, result in zip(found, results, strict=True):
             seen[one.name] = result
     return found
@@ -186,8 +186,21 @@ def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, 
 # What a chunk says of itself ----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _local(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
+    if not one.on_host or not all(map(is_on_host, jax.tree.leaves((chunk, seen)))):
+        return _local_compiled(one, stacked, chunk, seen)
+    if not stacked:
+        return _values_of(one, chunk, seen)
+    at_hand = jax.tree.map(np.asarray, (chunk, seen))
+    results = [
+        _values_of(one, *jax.tree.map(lambda x, i=i: x[i], at_hand))
+        for i in range(chunk.models[0].shape[0])
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _local_compiled(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
     single = functools.partial(_values_of, one)
     return jax.vmap(single)(chunk, seen) if stacked else single(chunk, seen)
 
@@ -234,13 +247,13 @@ def _select_model(
     one: Select,
     batches: Sequence[Batch],
     chunks: Sequence[Chunk],
-    locals_: Sequence[Any],
+    known: Sequence[Any],
     values: Sequence[BatchValues],
 ) -> list[Any]:
     """Selections over the whole model: ties go to the tensor whose name sorts first, then to the lower index."""
     magnitudes = [
         _magnitudes(one, batch.stacked, chunk, local)
-        for batch, chunk, local in zip(batches, chunks, locals_, strict=True)
+        for batch, chunk, local in zip(batches, chunks, known, strict=True)
     ]
     counts = _model_counts(one, batches, values)
     result: list[list[Any]] = [[] for _ in batches]
@@ -313,11 +326,11 @@ def _tensor_order(one: Select, batch: Batch, local: Any) -> list[jax.Array]:
     return [jnp.asarray(np.stack([order(row) for row in np.asarray(size)])) for size in magnitudes]
 
 
-def _model_order(one: Select, batches: Sequence[Batch], locals_: Sequence[Any]) -> list[jax.Array]:
+def _model_order(one: Select, batches: Sequence[Batch], known: Sequence[Any]) -> list[jax.Array]:
     """Per model, the order of all its values; tensors one after the other in the order of their names."""
     magnitudes = [
         _magnitudes(one, batch.stacked, batch.chunk(None), local)
-        for batch, local in zip(batches, locals_, strict=True)
+        for batch, local in zip(batches, known, strict=True)
     ]
     orders = []
     for i in range(len(batches[0].models)):
@@ -350,7 +363,7 @@ def _look_up_model(
     one: Select,
     batches: Sequence[Batch],
     chunks: Sequence[Chunk],
-    locals_: Sequence[Any],
+    known: Sequence[Any],
     values: Sequence[BatchValues],
     orders: Sequence[list[jax.Array]],
 ) -> list[Any]:
@@ -358,7 +371,7 @@ def _look_up_model(
         one,
         tuple(batch.stacked for batch in batches),
         list(chunks),
-        list(locals_),
+        list(known),
         _starts(batches),
         _model_counts(one, batches, values),
         orders[0],
@@ -370,14 +383,14 @@ def _look_up_all(
     one: Select,
     stacked: tuple[bool, ...],
     chunks: list[Chunk],
-    locals_: list[Any],
+    known: list[Any],
     starts: list[jax.Array],
     counts: list[tuple[jax.Array, ...]],
     orders: list[jax.Array],
 ) -> list[list[tuple[Selection, ...]]]:
     """Per batch and model a tuple of selections, one per count."""
     by_model = [
-        [_at_model_rank(one, stacked, chunks, locals_, starts, i, ranked, k) for k in ks]
+        [_at_model_rank(one, stacked, chunks, known, starts, i, ranked, k) for k in ks]
         for i, (ks, ranked) in enumerate(zip(counts, orders, strict=True))
     ]
     return [
@@ -390,7 +403,7 @@ def _at_model_rank(
     one: Select,
     stacked: tuple[bool, ...],
     chunks: list[Chunk],
-    locals_: list[Any],
+    known: list[Any],
     starts: list[jax.Array],
     model: int,
     ranked: jax.Array,
@@ -399,7 +412,7 @@ def _at_model_rank(
     last = ranked[jnp.maximum(k, 1) - 1].astype(jnp.uint32)
     keys = [
         _key_at(one, many, model, chunk, local, last, start)
-        for many, chunk, local, start in zip(stacked, chunks, locals_, starts, strict=True)
+        for many, chunk, local, start in zip(stacked, chunks, known, starts, strict=True)
     ]
     threshold = jnp.where(k > 0, functools.reduce(jnp.maximum, keys), _NOTHING)
     selections = []

@@ -20,6 +20,7 @@ from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Measure, Select, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.registry import register
+from jaxmerge.methods.selection.ranks import ranks_within_rows
 
 TrimScope = Literal["model", "tensor"]
 Sparsifier = Literal["none", "magnitude", "band", "random", "rank"]
@@ -100,7 +101,7 @@ def family_leaf(name: str, member: Family, hyperparams: Mapping[str, Any]) -> Le
     """Builds the leaf method of one member, or of several members behind a traced choice."""
     measures: list[Measure] = []
     if member.ranks:
-        measures.append(Local("ranks", _ranks))
+        measures.append(Local("ranks", _ranks, on_host=True))
     if member.trims:
         measures.append(
             Select(
@@ -507,16 +508,11 @@ def _counts(settings: Settings, size: int) -> list[tuple[jax.Array, ...]]:
 def _ranks(chunk: Chunk) -> list[jax.Array]:
     """Per model, the rank of each magnitude within its row, from 0 for the smallest to 1; 1/2 alone in a row."""
     shape = chunk.shape
-    ranks = []
-    for delta in chunk.deltas():
-        rows = jnp.abs(delta).reshape(shape[0] if len(shape) > 1 else 1, -1)
-        last = rows.shape[1] - 1
-        place = jnp.argsort(jnp.argsort(-rows, axis=1, stable=True), axis=1)
-        rank = (
-            (last - place).astype(jnp.float32) / max(last, 1) if last else jnp.full_like(rows, 0.5)
-        )
-        ranks.append(rank.reshape(shape))
-    return ranks
+    rows = (shape[0] if len(shape) > 1 else 1, -1)
+    return [
+        ranks_within_rows(_magnitude(delta).reshape(rows)).reshape(shape)
+        for delta in chunk.deltas()
+    ]
 
 
 def _masks(chunk: Chunk, settings: Settings, found: Found, member: Family) -> list[Any]:

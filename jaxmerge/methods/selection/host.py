@@ -82,6 +82,36 @@ def order_on_host(values: ArrayLike) -> np.ndarray:
     return packed.astype(np.uint32).view(np.int32)
 
 
+def ranks_on_host(values: np.ndarray) -> np.ndarray:
+    """float32 ranks within rows [..., entries >= 2], 0 for the smallest to 1; of equal values the lower index above."""
+    entries = values.shape[-1]
+    rows = values.astype(np.float32, copy=False).reshape(-1, entries)
+    ranks = np.empty(rows.shape, np.float32)
+    descending = np.arange(entries - 1, -1, -1, dtype=np.float32) / np.float32(entries - 1)
+    index = np.arange(entries, dtype=np.uint64)
+    step = max(1, _BLOCK // (2 * entries))
+
+    def rank(start: int) -> None:
+        # The complement of the bits sorts from the largest; as in `order_on_host`.
+        packed = (~(rows[start : start + step].view(np.uint32) & np.uint32(0x7FFFFFFF))).astype(
+            np.uint64
+        )
+        packed <<= np.uint64(32)
+        packed |= index
+        packed.sort(axis=1)
+        places = packed.astype(np.uint32).view(np.int32)
+        if entries < 128:
+            np.put_along_axis(ranks[start : start + step], places, descending[None], 1)
+            return
+        for row, place in zip(ranks[start : start + step], places, strict=True):
+            row[place] = descending
+
+    with ThreadPoolExecutor(_threads()) as pool:
+        for _ in pool.map(rank, range(0, len(rows), step)):
+            pass
+    return ranks.reshape(values.shape)
+
+
 class _Keys:
     """Arrays as one sequence of keys, cut into blocks that fit a core's cache."""
 
