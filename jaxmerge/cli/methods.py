@@ -51,7 +51,16 @@ def _describe(name: str) -> dict[str, Any]:
         "base": method.base,
         "models": list(method.models),
         "random": method.random,
-        "extras": list(method.extras),
+        "extras": {
+            extra: {
+                "meaning": spec.meaning,
+                "kind": spec.kind,
+                "per": spec.per,
+                "required": spec.required,
+            }
+            for extra, spec in method.extras.items()
+        },
+        "per_task": method.per_task,
         "hyperparameters": _hyperparameters(method.hyperparams),
         "options": {
             option: {"default": default, "allowed": list(allowed(constructor, option) or ())}
@@ -84,20 +93,24 @@ def _spec(spec: Hyperparameter) -> dict[str, Any]:
 
 
 def _show_all(described: list[dict[str, Any]]) -> None:
-    columns = ("method", "base", "models", "random", "hyperparameters", "summary")
+    columns = ("method", "base", "models", "needs", "hyperparameters", "summary")
     rows = [
         (
             one["name"],
             one["base"],
             _count(one["models"]),
-            "yes" if one["random"] else "",
+            ", ".join(_needs(one)),
             ", ".join(_short(name, spec) for name, spec in one["hyperparameters"].items()),
             one["summary"],
         )
         for one in described
     ]
     show(columns, rows)
-    say("\n* one value for each model. `jaxmerge methods NAME` tells the rest.")
+    say(
+        f"\n{len(described)} methods. * one value for each model. `jaxmerge methods NAME` tells the rest."
+        "\nBeside them, in Python: jaxmerge.learning (fit, adamerging, learned_soup, regmean_plus_plus)"
+        "\nand jaxmerge.fusion (uniform_soup, greedy_soup, swa, ema, lawa)."
+    )
 
 
 def _show_one(one: dict[str, Any]) -> None:
@@ -116,6 +129,13 @@ def _show_one(one: dict[str, Any]) -> None:
         rows.append([*row, spec["meaning"]])
     say("")
     show(columns, rows)
+    if one["extras"]:
+        say("")
+        rows = [
+            [name, extra["per"], "yes" if extra["required"] else "no", extra["meaning"]]
+            for name, extra in one["extras"].items()
+        ]
+        show(("extra", "one per", "required", "meaning"), rows)
     if one["options"]:
         say("")
         rows = [
@@ -149,6 +169,11 @@ def _scope(spec: dict[str, Any]) -> str:
 def _count(models: list[int | None]) -> str:
     low, high = models
     return f"{low}" if low == high else f"{low}+" if high is None else f"{low}-{high}"
+
+
+def _needs(one: dict[str, Any]) -> list[str]:
+    needed = [name for name, extra in one["extras"].items() if extra["required"]]
+    return [*(["a seed"] if one["random"] else []), *needed]
 
 
 def _random(random: bool) -> str:

@@ -189,6 +189,6 @@ def _restrict(
     for path, layers in mine.items():
         one = layout.of(path)
         kept = range(len(one.names)) if layers is None else layers
-        names, depth = (tuple(whole[i] for i in kept) for whole in (one.names, depths[path]))
-        tensors[path] = replace(one, names=names, depths=depth)
+        names = tuple(one.names[i] for i in kept)
+        tensors[path] = replace(one, names=names, depths=tuple(depths[path][i] for i in kept))
     return Layout(tensors)

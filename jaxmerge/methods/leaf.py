@@ -77,7 +77,7 @@ class Chunk:
         outputs = [axis for axis in range(len(self.shape)) if axis not in self.inputs]
         order = [*outputs, *self.inputs]
         moved = matrix.reshape([self.shape[axis] for axis in order])
-        return jnp.transpose(moved, np.argsort(order))
+        return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
 
     def uniform(self) -> list[jax.Array]:
         """One uniform draw per model and element; see `draws.uniform`."""

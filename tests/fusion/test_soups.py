@@ -172,6 +172,18 @@ def test_the_stream_keeps_init_until_a_model_enters() -> None:
     assert (int(state.step), int(state.count)) == (1, 0)
 
 
+def test_the_stream_leaves_out_what_is_not_finite() -> None:
+    scores = iter([np.nan, 1.0, np.inf, -np.inf, np.nan, 1.0])
+    soup = FUSION.greedy_soup(lambda params: next(scores))
+    state = soup.init({"w": jnp.zeros(1)})
+    counts = []
+    for _ in range(6):
+        state = soup.update(state, {"w": jnp.ones(1)})
+        counts.append(int(state.count))
+    assert counts == [0, 1, 1, 1, 1, 2]
+    assert float(state.score) == 1.0
+
+
 def test_evaluate_sees_the_stored_dtypes_and_the_mean_is_taken_in_float32() -> None:
     models = [
         {"w": jnp.full(1, value, jnp.bfloat16), "n": jnp.asarray(i)}

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Values
@@ -97,6 +96,9 @@ def _exact(deltas: jax.Array) -> jax.Array:
 
 
 def _adam(deltas: jax.Array, steps: int, learning_rate: float) -> jax.Array:
+    # Loaded where it is needed: importing the package stays quick.
+    import optax
+
     units = _units(deltas)
     optimizer = optax.adam(learning_rate)
 
