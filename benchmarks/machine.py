@@ -1,33 +1,37 @@
 """What a benchmark ran on: printed above every table and kept in its JSON."""
 
+import collections
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
-import jax
-
 PACKAGES = ("jaxmerge", "jax", "jaxlib", "numpy", "torch")
 
 
 def describe() -> dict[str, Any]:
     """Processor, cores, load, devices and versions."""
+    # Whoever only reads what was described needs no JAX.
+    import jax
+
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "devices": [str(device) for device in jax.devices()],
+        "backend": jax.default_backend(),
+        "devices": [f"{count} x {kind}" for kind, count in sorted(kinds.items())],
         "versions": versions,
     }
 
@@ -37,7 +41,8 @@ def headline(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['processor']}, {machine['cores']} cores, load {machine['load']}; "
-        f"{machine['system']}, Python {machine['python']}; {', '.join(machine['devices'])}; {versions}"
+        f"{machine['system']}, Python {machine['python']}; "
+        f"device {', '.join(machine['devices'])}; {versions}"
     )
 
 

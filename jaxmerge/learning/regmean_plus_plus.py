@@ -117,7 +117,7 @@ def _merged(
         if use.layer is not None:
             weights = jax.lax.dynamic_index_in_dim(weights, use.layer, axis=1, keepdims=False)
         grams = total / jnp.maximum(count, 1)[:, None, None]
-        return Visit(parameter=_combined(weights, grams, site.inputs, strengths))
+        return Visit(parameter=_combined(weights, grams, strengths, inputs=site.inputs))
 
     def walk(inputs: Any) -> tuple[Any, dict[str, GramSum]]:
         found = interpret(apply_fn, start, inputs, visit)
@@ -140,17 +140,20 @@ def _after_loops(
     gram = sums.mean()
 
     def one(weights: jax.Array, grams: jax.Array) -> jax.Array:
-        return _combined(weights, grams, gram.axes, strengths)
+        return _combined(weights, grams, strengths, inputs=gram.axes)
 
     stacked = gram.matrix.ndim == 4
     return jax.vmap(one, in_axes=1)(weights, gram.matrix) if stacked else one(weights, gram.matrix)
 
 
+# Jitted: layers of equal shape are traced once.
+@functools.partial(jax.jit, static_argnames="inputs")
 def _combined(
     weights: jax.Array,
     grams: jax.Array,
-    inputs: tuple[int, ...],
     strengths: Mapping[str, jax.Array],
+    *,
+    inputs: tuple[int, ...],
 ) -> jax.Array:
     """`combine` for a leaf of any layout: weights [models, *shape], grams [models, in, in]."""
     shape = weights.shape[1:]

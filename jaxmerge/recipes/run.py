@@ -110,6 +110,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             stack.enter_context(open_checkpoint(source.path, key=source.key))
             for source in plan.sources
         ]
+        method = plan.resolved.method
         for tensor in plan.tensors:
             # A tied name has the values of the name that it is tied to, and so its identity.
             name = tensor.tied_to or tensor.name
@@ -123,7 +124,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             hyperparameters: dict[str, Any] = plan.resolved.hyperparameters_for(name)
             with _wide_enough([tensor]):
                 merged = merge(
-                    plan.resolved.method,
+                    method,
                     [{name: arrays[i]} for i in plan.models],
                     base=None if plan.base is None else {name: arrays[plan.base]},
                     key=key,
@@ -131,6 +132,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
                     dtype=storage_dtype(tensor.dtype),
                     **hyperparameters,
                 )
+            merged = merged[0] if method.per_task else merged
             yield tensor.name, _stored(merged[name], tensor)
 
 

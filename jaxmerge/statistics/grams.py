@@ -72,8 +72,8 @@ def grams(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> params = {"fc1": jnp.eye(2), "fc2": jnp.ones((2, 1)), "bias": jnp.zeros(2)}
-      >>> apply_fn = lambda p, x: jnp.maximum(x @ p["fc1"] + p["bias"], 0) @ p["fc2"]
+      >>> params = {"fc1": jnp.eye(2), "fc2": jnp.ones((2, 1))}
+      >>> apply_fn = lambda params, x: jnp.maximum(x @ params["fc1"], 0) @ params["fc2"]
       >>> found = grams(apply_fn, params, [jnp.array([[2.0, -2.0]]), jnp.array([[0.0, 2.0]])])
       >>> print(found["fc1"].matrix, found["fc2"].matrix, sep="\n")
       [[ 2. -2.]
@@ -88,10 +88,8 @@ def grams(
     patterns = check_where(where, params)
     sums: dict[str, GramSum] | None = None
     for batch in batches:
-        if sums is None:
-            one = functools.partial(batch_grams, apply_fn, where=patterns)
-            sums = zeros(jax.eval_shape(one, params, batch))
-        sums = _added(sums, params, batch, apply_fn=apply_fn, where=patterns)
+        one = _sums(params, batch, apply_fn=apply_fn, where=patterns)
+        sums = one if sums is None else add(sums, one)
     if sums is None:
         raise ValueError("Gram matrices need at least one batch of inputs, found none")
     return {path: one.mean() for path, one in sums.items()}
@@ -175,9 +173,10 @@ def check_batches(batches: Any) -> None:
         )
 
 
-def zeros(shapes: Any) -> Any:
-    """Zeros of the shapes and dtypes of a tree."""
-    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+@functools.partial(jax.jit, donate_argnums=0)
+def add(total: Any, other: Any) -> Any:
+    """Adds two trees of sums."""
+    return jax.tree.map(jnp.add, total, other)
 
 
 def _gathered(record: Record) -> GramSum:
@@ -195,13 +194,8 @@ def _gathered(record: Record) -> GramSum:
     return GramSum(total, count, record.site.inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "where"), donate_argnames=("sums",))
-def _added(
-    sums: dict[str, GramSum],
-    params: Any,
-    batch: Any,
-    *,
-    apply_fn: Callable[[Any, Any], Any],
-    where: Where,
+@functools.partial(jax.jit, static_argnames=("apply_fn", "where"))
+def _sums(
+    params: Any, batch: Any, *, apply_fn: Callable[[Any, Any], Any], where: Where
 ) -> dict[str, GramSum]:
-    return jax.tree.map(jnp.add, sums, batch_grams(apply_fn, params, batch, where=where))
+    return batch_grams(apply_fn, params, batch, where=where)

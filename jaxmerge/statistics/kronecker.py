@@ -14,13 +14,13 @@ from jaxmerge.methods.leaf import widen
 from jaxmerge.statistics.grams import (
     GramSum,
     Where,
+    add,
     check_batches,
     check_where,
     gathered,
     gram_of,
     is_kept,
     is_like,
-    zeros,
 )
 from jaxmerge.tracing import Site, Use, Visit, interpret, sites
 
@@ -57,7 +57,7 @@ def kronecker_factors(
 
     Returns:
       A by path of leaf, with the leaf's input axes, and B by path, with its output axes; stacked layers as for `grams`.
-      B lacks leaves of which the program contracts slices of the outputs only.
+      B lacks leaves of which the program somewhere contracts a slice of the outputs only.
 
     Raises:
       ValueError: neither or both of key and labels, no batch, labels of another shape or number.
@@ -65,11 +65,14 @@ def kronecker_factors(
     Example:
       >>> import jax.numpy as jnp
       >>> apply_fn = lambda params, x: x @ params["w"]
-      >>> params, x, y = {"w": jnp.zeros((3, 2))}, jnp.eye(3), jnp.array([0, 1, 1])
+      >>> params, x, y = {"w": jnp.zeros((2, 2))}, jnp.eye(2), jnp.array([0, 1])
       >>> inputs, outputs = kronecker_factors(apply_fn, params, [x], labels=[y])
-      >>> print(inputs["w"].matrix.diagonal().round(2), outputs["w"].matrix, outputs["w"].axes)
-      [0.33 0.33 0.33] [[ 0.25 -0.25]
-       [-0.25  0.25]] (1,)
+      >>> print(inputs["w"].matrix, outputs["w"].matrix, outputs["w"].axes, sep="\n")
+      [[0.5 0. ]
+       [0.  0.5]]
+      [[ 0.25 -0.25]
+       [-0.25  0.25]]
+      (1,)
 
     Reference:
       Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015; Tam et
@@ -92,10 +95,8 @@ def kronecker_factors(
                 f"{'batches' if batch is _MISSING else 'labels'}"
             )
         draw = None if key is None else jax.random.fold_in(key, i)
-        if sums is None:
-            one = functools.partial(batch_factors, apply_fn, where=patterns)
-            sums = zeros(jax.eval_shape(one, params, batch, key=draw, labels=y))
-        sums = _added(sums, params, batch, draw, y, apply_fn=apply_fn, where=patterns)
+        one = _sums(params, batch, draw, y, apply_fn=apply_fn, where=patterns)
+        sums = one if sums is None else add(sums, one)
     if sums is None:
         raise ValueError("Kronecker factors need at least one batch of inputs, found none")
     inputs, outputs = ({path: one.mean() for path, one in side.items()} for side in sums)
@@ -146,8 +147,8 @@ def batch_factors(
         one_hot = jax.nn.one_hot(_classes(key, labels, logits), logits.shape[-1])
         return jnp.sum(jax.nn.log_softmax(logits) * one_hot), gathered(walked.records)
 
-    shapes = {path: _square(site) for path, site in first.items() if path not in sliced}
-    squares, totals = jax.grad(objective, has_aux=True)(zeros(shapes))
+    zeros = {path: _square(site) for path, site in first.items() if path not in sliced}
+    squares, totals = jax.grad(objective, has_aux=True)(zeros)
     outputs = {
         path: GramSum(square, totals[path].count, first[path].outputs)
         for path, square in squares.items()
@@ -180,11 +181,11 @@ def _tapped(
     return tap(output, square)
 
 
-def _square(site: Site) -> jax.ShapeDtypeStruct:
-    """The shape of the sum of g g^T over a site's outputs."""
+def _square(site: Site) -> jax.Array:
+    """Zeros of the shape of the sum of g g^T over a site's outputs."""
     width = math.prod(site.shape[axis] for axis in site.outputs)
     layers = () if site.layers is None else (site.layers,)
-    return jax.ShapeDtypeStruct((*layers, width, width), jnp.float32)
+    return jnp.zeros((*layers, width, width), jnp.float32)
 
 
 def _classes(key: jax.Array | None, labels: Any, logits: jax.Array) -> jax.Array:
@@ -202,9 +203,8 @@ def _classes(key: jax.Array | None, labels: Any, logits: jax.Array) -> jax.Array
     return labels
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "where"), donate_argnames=("sums",))
-def _added(
-    sums: Sums,
+@functools.partial(jax.jit, static_argnames=("apply_fn", "where"))
+def _sums(
     params: Any,
     batch: Any,
     key: jax.Array | None,
@@ -213,5 +213,4 @@ def _added(
     apply_fn: Callable[[Any, Any], jax.Array],
     where: Where,
 ) -> Sums:
-    found = batch_factors(apply_fn, params, batch, key=key, labels=labels, where=where)
-    return jax.tree.map(jnp.add, sums, found)
+    return batch_factors(apply_fn, params, batch, key=key, labels=labels, where=where)

@@ -52,26 +52,26 @@ def consensus(
     return f64(base) + scale * np.where(votes >= minimum, merged, 0.0)
 
 
-def pcb(base: Array, models: Sequence[Array], ratio: float = 0.1, scale: float = 1.0) -> Array:
+def pcb(base: Array, models: Sequence[Array], ratio: Numbers = 0.1, scale: float = 1.0) -> Array:
     """theta_0 + scale * sum_i b_i d_i / sum_i b_i, b_i the kept scores (Du et al. 2024).
 
     Score exp(T norm(|d_i|)^2) tanh(d_i sum_j d_j), norm from [min, max] onto [0, 1] (0 if they are
-    equal); each model keeps its floor(ratio * n) highest. Ambiguous in the paper (softmaxes) and
+    equal); each model keeps its floor(ratio_i * n) highest. Ambiguous in the paper (softmaxes) and
     its code (scores shifted to 0 at the cut): here kept scores count as they are, negative ones
     not at all, and entries that nobody keeps stay at theta_0.
     """
     deltas = deltas_of(base, models)
     total = sum(deltas, np.zeros_like(f64(base)))
     numerator, divisor = np.zeros_like(total), np.zeros_like(total)
-    for d in deltas:
+    for d, share in zip(deltas, per_model(ratio, len(deltas)), strict=True):
         score = np.exp(len(deltas) * _onto_unit(np.abs(d)) ** 2) * np.tanh(d * total)
-        kept = np.where(largest(score, count(ratio, d.size)), np.maximum(score, 0.0), 0.0)
+        kept = np.where(largest(score, count(share, d.size)), np.maximum(score, 0.0), 0.0)
         numerator, divisor = numerator + kept * d, divisor + kept
     return f64(base) + scale * numerator / np.where(divisor > 0, divisor, 1.0)
 
 
 def pcb_model_scope(
-    base: Tensors, models: Sequence[Tensors], ratio: float = 0.1, scale: float = 1.0
+    base: Tensors, models: Sequence[Tensors], ratio: Numbers = 0.1, scale: float = 1.0
 ) -> Tensors:
     """`pcb` over the whole vector of each model, as published."""
     return on_whole_vector(lambda b, m: pcb(b, m, ratio, scale), base, models)
@@ -150,6 +150,33 @@ def metagpt(base: Tensors, models: Sequence[Tensors], scale: float = 1.0) -> Ten
 def wise_ft(base: Array, model: Array, t: float) -> Array:
     """(1 - t) theta_0 + t theta (Wortsman et al. 2022)."""
     return (1 - t) * f64(base) + t * f64(model)
+
+
+def negmerge(base: Array, models: Sequence[Array], scale: float = 1.0) -> Array:
+    """theta_0 + scale * mean_i d_i where all d_i have one sign, else theta_0 (Kim et al. 2024).
+
+    The paper subtracts the merged vector to forget: scale -lambda. An entry that one model left as
+    it was has no sign that all share.
+    """
+    deltas = np.stack(deltas_of(base, models))
+    shared = np.abs(np.sign(deltas).sum(axis=0)) == len(deltas)
+    return f64(base) + scale * np.where(shared, deltas.mean(axis=0), 0.0)
+
+
+def median(models: Sequence[Array], weight: Numbers = 1.0) -> Array:
+    """Per entry the point x with the least sum_i w_i |x - theta_i|; of an interval, its middle.
+
+    Equal weights give the usual median, weights that are all 0 count as equal.
+    """
+    points = np.stack([f64(model) for model in models])
+    weights = per_model(weight, len(models))
+    weights = weights / weights.sum() if weights.sum() > 0 else np.ones(len(models))
+    gaps = np.abs(points[:, None] - points[None])
+    costs = np.tensordot(gaps, weights, axes=(1, 0))
+    best = costs <= costs.min(axis=0) + 1e-9
+    low = np.where(best, points, np.inf).min(axis=0)
+    high = np.where(best, points, -np.inf).max(axis=0)
+    return (low + high) / 2
 
 
 def _onto_unit(x: Array) -> Array:

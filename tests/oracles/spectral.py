@@ -8,10 +8,11 @@ factor. So zero, identical and low-rank task vectors have one answer.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
-from ._types import Array, Numbers, f64, per_model
+from ._types import Array, Numbers, Tensors, f64, per_model
 from .averages import linear
 from .task_vectors import Divisor, count, deltas_of, elected, largest, masked, summed
 
@@ -19,31 +20,40 @@ RANK = 1e-6
 """Singular values below this fraction of the largest are 0."""
 
 
-def tsv(base: Array, models: Sequence[Array], scale: float = 1.0, rank: int | None = None) -> Array:
+def tsv(
+    base: Array,
+    models: Sequence[Array],
+    scale: float = 1.0,
+    rank: int | None = None,
+    weight: Numbers = 1.0,
+) -> Array:
     """theta_0 + scale * U' S V'^T: each task's top vectors, side by side, made orthogonal.
 
     TSV-M, Gargiulo et al. 2025. U, S, V concatenate the top `rank` (floor(min(m, n) / T), at least
     1) singular triplets of every d_t; U' = P Q^T from U = P D Q^T is the polar factor, V' likewise.
+    A weight, our addition, scales its task's singular values in S (or its d_t in the mean).
     """
-    deltas = deltas_of(base, models)
+    deltas, weights = deltas_of(base, models), per_model(weight, len(models))
     if f64(base).ndim != 2:
-        return f64(base) + scale * summed(deltas, 1.0, normalize=True)
+        return f64(base) + scale * summed(deltas, weights, normalize=False) / len(deltas)
     keep = rank if rank is not None else max(min(f64(base).shape) // len(deltas), 1)
     parts = [_svd(d, keep) for d in deltas]
-    u, s, v = _side_by_side(parts)
+    u, _, v = _side_by_side(parts)
+    s = np.concatenate([w * part[1] for w, part in zip(weights, parts, strict=True)])
     return f64(base) + scale * (_polar(u) * s) @ _polar(v).T
 
 
-def iso_c(base: Array, models: Sequence[Array], scale: float = 1.0) -> Array:
+def iso_c(base: Array, models: Sequence[Array], scale: float = 1.0, mixing: float = 1.0) -> Array:
     """theta_0 + scale * mean(sigma) U V^T of sum_t d_t (Marczak et al. 2025).
 
-    The mean runs over the nonzero singular values.
+    The mean runs over the nonzero singular values. Below `mixing` = 1, our addition, a share of the
+    original spectrum stays.
     """
     deltas = deltas_of(base, models)
     if f64(base).ndim != 2:
         return f64(base) + scale * summed(deltas, 1.0, normalize=True)
     u, s, v = _svd(summed(deltas, 1.0, normalize=False))
-    return f64(base) + scale * (_mean(s) * u) @ v.T
+    return f64(base) + scale * (((1 - mixing) * s + mixing * _mean(s)) * u) @ v.T
 
 
 def iso_cts(base: Array, models: Sequence[Array], scale: float = 1.0, common: float = 0.8) -> Array:
@@ -81,14 +91,17 @@ def knots(
 ) -> Array:
     """TIES in a shared basis: [d_1 .. d_T] = U S [V_1 .. V_T]^T, merge the S V_t^T, map back by U.
 
-    Stoica et al. 2025. Tensors that are not matrices take TIES entry by entry.
+    Stoica et al. 2025. Tensors that are not matrices take TIES entry by entry. An entry of S V_t^T
+    below RANK times the largest singular value is 0: rounding has no sign to elect.
     """
     deltas = deltas_of(base, models)
     matrix = f64(base).ndim == 2 and f64(base).size > 0
     basis = None
     if matrix:
         u, s, vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
-        basis, deltas = u, np.split(s[:, None] * vt, len(deltas), axis=1)
+        coordinates = s[:, None] * vt
+        coordinates[np.abs(coordinates) <= RANK * s.max()] = 0.0
+        basis, deltas = u, np.split(coordinates, len(deltas), axis=1)
     kept = [
         masked(d, largest(np.abs(d), count(p, d.size)), "l1" if rescale else None, p)
         for d, p in zip(deltas, per_model(density, len(deltas)), strict=True)
@@ -128,6 +141,41 @@ def cart(models: Sequence[Array], rank: int, scale: float = 1.0) -> Array:
     return mean + scale * total
 
 
+def opcm(
+    base: Tensors,
+    models: Sequence[Tensors],
+    scale: float = 1.0,
+    alpha: float = 0.5,
+    scope: Literal["model", "tensor"] = "model",
+) -> Tensors:
+    """theta_0 + scale * S / lambda: each next task vector is projected off what is merged already.
+
+    OPCM, Tang et al. 2025. S_1 = d_1; S_t = S_{t-1} + P(d_t) with S_{t-1} = U diag(sigma) V^T and
+    P(d) = d without its parts along u_i v_j^T for i, j <= r and for i = j, r the fewest singular
+    values that hold `alpha` of their sum. The paper divides by a lambda_t at every step so that the
+    norm is the mean of the norms of d_1 .. d_t; P depends on directions alone, so lambda_T is all.
+
+    Choices: r = 0 at alpha = 0; vectors of zero singular values remove nothing; norms are over the
+    whole model ("model", the paper) or over each tensor; tensors that are not matrices are summed
+    unprojected; S = 0 gives the base.
+    """
+    merged, length = {}, {}
+    for name in base:
+        deltas = deltas_of(base[name], [model[name] for model in models])
+        total = deltas[0]
+        for d in deltas[1:]:
+            total = total + (_projected(d, total, alpha) if d.ndim == 2 else d)
+        merged[name] = total
+        length[name] = [float(np.sum(d**2)) for d in [total, *deltas]]
+    whole = [math.fsum(parts) for parts in zip(*length.values(), strict=True)]
+    result = {}
+    for name in base:
+        is_now, *of_tasks = np.sqrt(whole if scope == "model" else length[name])
+        factor = float(np.mean(of_tasks)) / is_now if is_now > 0 else 0.0
+        result[name] = f64(base[name]) + scale * factor * merged[name]
+    return result
+
+
 Triplets = tuple[Array, Array, Array]
 
 
@@ -159,9 +207,21 @@ def _mean(s: Array) -> float:
 
 def _truncated(d: Array, eta: float) -> Array:
     u, s, v = _svd(d)
-    total = float(s.sum())
-    if total == 0:
+    if not s.size:
         return np.zeros_like(d)
-    reached = np.cumsum(s) / total >= eta - 1e-12
-    k = int(np.argmax(reached)) + 1 if reached.any() else len(s)
-    return (u[:, :k] * s[:k]) @ v[:, :k].T * (total / math.fsum(s[:k]))
+    k = max(_fewest(s, eta), 1)
+    return (u[:, :k] * s[:k]) @ v[:, :k].T * (math.fsum(s) / math.fsum(s[:k]))
+
+
+def _fewest(s: Array, share: float) -> int:
+    """How many of the largest hold `share` of the sum; none where that is 0."""
+    before = np.cumsum(s) - s
+    return int(np.sum(before < (share - 1e-12) * s.sum()))
+
+
+def _projected(d: Array, merged: Array, alpha: float) -> Array:
+    u, s, v = _svd(merged)
+    inside = u.T @ d @ v
+    leading = np.arange(len(s)) < _fewest(s, alpha)
+    removed = np.outer(leading, leading) | np.eye(len(s), dtype=bool)
+    return d - u @ np.where(removed, inside, 0.0) @ v.T
