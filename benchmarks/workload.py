@@ -147,7 +147,8 @@ def defaults(method: MergeMethod, sources: int) -> dict[str, Any]:
 
 
 def nbytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree of arrays, or of what describes them."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def weighted_sum(count: int) -> Any:

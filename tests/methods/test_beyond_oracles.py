@@ -214,6 +214,13 @@ def test_pcb_keeps_as_many_in_every_program() -> None:
         assert changed == int(0.37 * 2400)
 
 
+def test_pcb_behind_a_choice_is_pcb() -> None:
+    base, models = trees(2, seed=13, shapes={"w": (5, 7)})
+    method = jm.methods.choose([jm.methods.magmax(), jm.methods.pcb()])
+    merged = method.apply(method.init(models, base), {"method": 1, "pcb": {"ratio": 0.3}})
+    agree(merged, beyond.pcb_model_scope(base, models, 0.3))
+
+
 def test_the_shift_of_exponents_that_many_models_need_cancels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
