@@ -33,7 +33,8 @@ def choose(methods: Sequence[MergeMethod] | Mapping[str, MergeMethod]) -> MergeM
     names. Members of the task-vector family with one scope are one kernel whose mask and consensus are switched, so a
     population over them costs little more than the dearest of them. Other methods are branches: one candidate runs one
     branch, but under `vmap` over the index every branch runs, and what methods measure beforehand (norms, orders) is
-    measured for all.
+    measured for all. Per-task results of `emr` and `tall_masks` are left out: the merged parameters alone are
+    returned.
 
     Args:
       methods: methods with different names, or a mapping from a name of your own to a method.

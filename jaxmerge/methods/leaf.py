@@ -124,8 +124,8 @@ class Select(NamedTuple):
       values: (chunk) -> one array of nonnegative values per model (over one tensor: per ranking, however many there
         are), elementwise and free of hyperparameters. Sums of products round differently from one program to the next:
         do without them where exactly k entries must be kept.
-      of: the name of an earlier `Local`: `values` then takes what that found as a second argument, and may return
-        arrays of another size than the chunk's.
+      of: the name of an earlier `Local`: `values` then takes what that found as a second argument, and (over one
+        tensor) may return arrays of another size than the chunk's.
       counts: (values, size) -> per model, a tuple of uint32 [] counts.
       scope: over one tensor, or over all tensors of the model (ties to the name that sorts first).
       rowwise: whether `values` is not elementwise but needs whole rows.
