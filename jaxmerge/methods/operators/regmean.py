@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.extras import Extra
+from jaxmerge.methods.factorisations import cholesky, cholesky_solve
 from jaxmerge.methods.hyperparameters import Hyperparameter
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Values, widen
 from jaxmerge.methods.method import MergeMethod, from_leaf
@@ -137,13 +138,13 @@ def _merge(chunk: Chunk, values: Values, found: Found) -> jax.Array:
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """matrix^-1 right for a symmetric matrix; zeros, in the gradients too, where it is not positive definite."""
-    factor = jnp.linalg.cholesky(jax.lax.stop_gradient(matrix), symmetrize_input=False)
+    factor = cholesky(matrix)
     definite = jnp.all(jnp.isfinite(factor))
     factor = jnp.where(definite, factor, jnp.eye(len(factor), dtype=factor.dtype))
 
     # Gradients are solved for with the same factor, and so are zero where the result is.
     def solve(_: object, b: jax.Array) -> jax.Array:
-        return jnp.where(definite, jax.scipy.linalg.cho_solve((factor, True), b), 0.0)
+        return jnp.where(definite, cholesky_solve(factor, b), 0.0)
 
     def product(x: jax.Array) -> jax.Array:
         return jnp.matmul(matrix, x, precision=jax.lax.Precision.HIGHEST)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.methods.factorisations import svd
 from jaxmerge.methods.leaf import Chunk
 
 RANK = 1e-6
@@ -61,7 +62,7 @@ def matrices(chunk: Chunk, arrays: list[jax.Array]) -> jax.Array:
 
 def decompose(a: jax.Array, least: jax.Array | float = 0.0) -> Triplets:
     """The singular value decomposition of [..., m, n]; what is not above `least` [..., 1] counts as zero too."""
-    u, s, v = jnp.linalg.svd(a, full_matrices=False)
+    u, s, v = svd(a)
     real = s > jnp.maximum(zero(a) * s[..., :1], least)
     return Triplets(
         jnp.where(real[..., None, :], u, 0.0),

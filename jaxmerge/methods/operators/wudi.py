@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmerge.methods.factorisations import svd
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.operators.task_vectors import SCALE
@@ -82,7 +83,7 @@ def _units(deltas: jax.Array) -> jax.Array:
 def _exact(deltas: jax.Array) -> jax.Array:
     models, outputs, inputs = deltas.shape
     units = _units(deltas)
-    u, s, vt = jnp.linalg.svd(units.reshape(models * outputs, inputs), full_matrices=False)
+    u, s, vt = svd(units.reshape(models * outputs, inputs))
     kept = s > LEAST * s[0]
     inverse = jnp.where(kept, 1.0 / jnp.where(kept, s, 1.0), 0.0)
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
