@@ -98,11 +98,17 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
 def test_the_table_of_methods_gives_the_defaults_of_the_registered_ones() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` .*\|(.*)\|$", text.split("<!-- methods -->")[1], re.MULTILINE)
-    assert rows
+    assert {name for name, _ in rows} == registry_names_of_the_library()
     for name, cell in rows:
         specs = jm.methods.get(name)().hyperparams
         expected = {key: spec.default for key, spec in specs.items()}
         assert {key: float(v) for key, v in re.findall(r"(\w+) \(([^)]+)\)", cell)} == expected
+
+
+def test_the_page_on_choosing_speaks_of_every_method() -> None:
+    table = (ROOT / "docs/how-to-choose.md").read_text(encoding="utf-8").split("\n|")
+    named = {name for row in table for name in re.findall(r"`(\w+)`", row.partition("|")[0])}
+    assert registry_names_of_the_library() <= named
 
 
 def test_what_the_page_on_mergekit_calls_refused_is_refused() -> None:
