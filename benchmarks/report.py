@@ -1,4 +1,4 @@
-"""What a benchmark found: tables that are printed as they grow and kept as JSON; results.py reads them. Needs no JAX."""
+"""What a benchmark found: tables, printed as they grow and kept as JSON, which results.py reads. Needs no JAX."""
 
 import json
 import shlex
@@ -61,10 +61,9 @@ class Table:
 
     def _line(self, texts: list[str]) -> str:
         first, *rest = texts
-        widths = [max(10, len(name) + 2) for name in self.columns][1:]
-        return f"{first:<26}" + "".join(
-            f"{text:>{width}}" for text, width in zip(rest, widths, strict=True)
-        )
+        widths = [max(8, len(name)) for name in self.columns][1:]
+        cells = [f"{text:>{width}}" for text, width in zip(rest, widths, strict=True)]
+        return "  ".join([f"{first:<26}", *cells])
 
 
 @dataclass

@@ -10,11 +10,6 @@ where ties are cut, the others only the threshold.
 
 import argparse
 import importlib.util
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from clock import in_turn
+from machine import describe, headline
+from report import Report, Table
 
 from jaxmerge.methods.selection import (
     count,
@@ -64,54 +62,17 @@ def routes(values: np.ndarray, k: int, slow: bool) -> dict[str, Route]:
         tensor = torch.from_numpy(wide)
         found[RULER] = lambda: torch.kthvalue(tensor, tensor.numel() - k + 1)
     found["np.partition"] = lambda: np.partition(wide, wide.size - k)[wide.size - k]
-    found["select"] = lambda: jax.block_until_ready(select(device, k))
+    found["select"] = lambda: select(device, k)
     for route in ("blocks", "histogram", "bisection"):
         if route != "bisection" or slow:
-            found[f"compiled, {route}"] = lambda route=route: jax.block_until_ready(
-                select_compiled(device, k, route=route)
+            found[f"compiled, {route}"] = lambda route=route: select_compiled(
+                device, k, route=route
             )
     if slow:
         ordering = jax.jit(jnp.sort)
-        found["jnp.sort"] = lambda: jax.block_until_ready(ordering(device))
-        found["order, once"] = lambda: jax.block_until_ready(order(device))
+        found["jnp.sort"] = lambda: ordering(device)
+        found["order, once"] = lambda: order(device)
     return found
-
-
-def medians(found: dict[str, Route], runs: int) -> dict[str, float]:
-    for route in found.values():
-        route()
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(runs):
-        for name, route in found.items():
-            start = time.perf_counter()
-            route()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, object]:
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    versions["numpy"] = np.__version__
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        versions["torch"] = torch.__version__
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "device": str(jax.devices()[0]),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": versions,
-    }
 
 
 def main() -> None:
@@ -121,29 +82,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     k = int(count(DENSITY, options.elements))
-    report: dict[str, object] = {
-        "machine": machine(),
-        "seed": SEED,
-        "elements": options.elements,
-        "kept": k,
-        "runs": options.runs,
-        "milliseconds": {},
-    }
-    print(json.dumps({name: report[name] for name in report if name != "milliseconds"}, indent=2))
+    report = Report("trimming", __doc__.splitlines()[0], describe(), SEED)
+    print(f"{headline(report.machine)}; seed {SEED}")
     cases = [(name, "float32", values) for name, values in distributions(options.elements).items()]
     cases += [
         (name, kind, values) for kind in ("bfloat16", "float16") for name, _, values in cases[:1]
     ]
     for name, kind, values in cases:
         slow = name == "normal" and kind == "float32"
-        result = medians(routes(values.astype(TYPES[kind]), k, slow), options.runs)
-        report["milliseconds"][f"{name}, {kind}"] = result
-        print(f"\n{name}, {kind}")
-        for route, milliseconds in result.items():
-            ratio = f"{result[RULER] / milliseconds:8.1f} x" if RULER in result else ""
-            print(f"  {route:20s} {milliseconds:10.2f} ms {ratio}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        times = in_turn(routes(values.astype(TYPES[kind]), k, slow), options.runs)
+        table = Table(
+            f"{name}, {kind}",
+            {"route": "", "ms": ".2f", "times faster than the ruler": ".1f"},
+            [f"{k} of {options.elements} entries are kept; the ruler is {RULER}."],
+        )
+        table.start()
+        report.tables.append(table)
+        for route, found in times.items():
+            ratio = times[RULER].median / found.median if RULER in times else None
+            cells = {"ms": found.milliseconds(), "times faster than the ruler": ratio}
+            table.add(route=route, **cells)
+    report.write(options.json)
 
 
 if __name__ == "__main__":

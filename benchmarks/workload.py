@@ -17,6 +17,10 @@ LAYERS = 4
 """Layers of a decoder whose size is given in elements."""
 
 
+SMALLER = {"spectral": 4, "solving": 64}
+"""How many times smaller the models are for kinds of methods that compute rather than move data."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a merge takes, on the device."""
@@ -53,6 +57,11 @@ def kind(leaf: LeafMethod) -> str:
     if leaf.measures:
         return "measured"
     return "random" if leaf.random else "elementwise"
+
+
+def models_for(sort: str, elements: int, seed: int) -> tuple[Any, ...]:
+    """A base and two fine-tunes of about so many elements, or fewer for the kinds in `SMALLER`."""
+    return trees(LAYERS, width_of(elements // SMALLER.get(sort, 1)), 3, seed)
 
 
 def width_of(elements: int) -> int:
@@ -93,27 +102,28 @@ def trees(layers: int, width: int, count: int, seed: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(jnp.asarray, tree) for tree in (base, *tuned))
 
 
-def inputs(method: MergeMethod, base: Any, tuned: list[Any], seed: int) -> Inputs:
-    """Two models where the method takes two, with the base, extras and key that it needs."""
+def inputs(
+    method: MergeMethod, base: Any, tuned: list[Any], seed: int, *, stacked: str | None = None
+) -> Inputs:
+    """Two models where the method takes two, with the base, extras and key that it needs; see `extras`."""
     most = method.models[1]
     count = 2 if most is None else min(2, most)
-    if method.base == "source":
-        models = tuned[: count - 1]
-    else:
-        models = tuned[:count]
+    models = tuned[: count - 1] if method.base == "source" else tuned[:count]
     sources = len(models) + (method.base == "source")
     return Inputs(
         models,
         None if method.base == "unused" else base,
-        extras(method, base, sources, seed),
+        extras(method, base, sources, seed, stacked),
         jax.random.key(seed) if method.random else None,
     )
 
 
-def extras(method: MergeMethod, tree: Any, sources: int, seed: int) -> dict[str, Any] | None:
+def extras(
+    method: MergeMethod, tree: Any, sources: int, seed: int, stacked: str | None
+) -> dict[str, Any] | None:
     """What the method cannot do without beside the models: random, with the shapes of the tree.
 
-    Leaves of three axes are stacked layers of matrices.
+    Leaves whose paths begin with `stacked` hold layers on their first axis.
     """
     rng = np.random.default_rng(seed + 100)
 
@@ -127,7 +137,7 @@ def extras(method: MergeMethod, tree: Any, sources: int, seed: int) -> dict[str,
         return {
             path: _gram(rng, leaf.shape[:-2], leaf.shape[axis])
             for path, leaf in leaves.items()
-            if leaf.ndim > 1
+            if leaf.ndim - (stacked is not None and path.startswith(stacked)) == 2
         }
 
     needed = {name: spec for name, spec in method.extras.items() if spec.required}

@@ -10,16 +10,15 @@ import numpy as np
 from clock import in_turn
 from report import Table
 from workload import (
-    LAYERS,
+    SMALLER,
     Inputs,
     defaults,
     inputs,
     kind,
     merging,
+    models_for,
     nbytes,
-    trees,
     weighted_sum,
-    width_of,
 )
 
 import jaxmerge as jm
@@ -30,15 +29,11 @@ RUNS = 7
 SUM_LIMIT = 1.5
 ELEMENTWISE_LIMIT = 2.0
 ACCELERATOR_LIMITS = {"elementwise": 0.6, "trimmed": 0.15}
-COMPUTE_BOUND = ("spectral", "solving")
-SMALLER = 4
-"""How many times smaller the models are for methods that compute rather than move data."""
 
 
 def run(options: Options) -> Iterator[Table]:
-    wide, small = (width_of(options.elements // part) for part in (1, SMALLER))
-    yield _peers(options, wide)
-    yield _methods(options, wide, small)
+    yield _peers(options)
+    yield _methods(options)
 
 
 def copy() -> Callable[[Any], Any]:
@@ -46,8 +41,8 @@ def copy() -> Callable[[Any], Any]:
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
-def _peers(options: Options, width: int) -> Table:
-    base, *tuned = trees(LAYERS, width, 3, options.seed)
+def _peers(options: Options) -> Table:
+    base, *tuned = models_for("elementwise", options.elements, options.seed)
     size = nbytes(base)
     table = Table(
         "Rulers",
@@ -84,12 +79,12 @@ def _peers(options: Options, width: int) -> Table:
     return table
 
 
-def _methods(options: Options, wide: int, small: int) -> Table:
+def _methods(options: Options) -> Table:
     accelerator = jax.default_backend() != "cpu"
     limits = (
         f"Limits on this device, of the copy's throughput: {ACCELERATOR_LIMITS}, for all three forms."
         if accelerator
-        else f"Limit for elementwise methods: 1/{ELEMENTWISE_LIMIT:.0f} of the weighted sum's throughput, for all three forms."
+        else f"Limit for elementwise methods, all three forms: 1/{ELEMENTWISE_LIMIT:.0f} of the sum's throughput."
     )
     table = Table(
         "Throughput of every method",
@@ -112,7 +107,7 @@ def _methods(options: Options, wide: int, small: int) -> Table:
             "merge: eager jm.merge, compiled before; in jit: jm.merge inside a jit, which joins equal shapes first.",
             "sum and copy: a jitted weighted sum of two trees and a copy, in turn with the method.",
             limits,
-            f"Spectral and solving methods run on models about {SMALLER} times smaller.",
+            f"Models are smaller, about so many times, for the kinds {SMALLER}.",
         ],
     )
     table.start()
@@ -120,7 +115,7 @@ def _methods(options: Options, wide: int, small: int) -> Table:
         method = jm.methods.get(name)()
         assert method.leaf is not None
         sort = kind(method.leaf)
-        base, *tuned = trees(LAYERS, small if sort in COMPUTE_BOUND else wide, 3, options.seed)
+        base, *tuned = models_for(sort, options.elements, options.seed)
         given = inputs(method, base, tuned, options.seed)
         try:
             row = _row(method, sort, given, tuned, options.runs or RUNS, accelerator)

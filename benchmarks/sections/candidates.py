@@ -11,23 +11,14 @@ import numpy as np
 from clock import in_turn
 from jax.extend import core
 from report import Table
-from workload import (
-    LAYERS,
-    defaults,
-    inputs,
-    kind,
-    trees,
-    weighted_sum,
-    width_of,
-)
+from workload import SMALLER, defaults, inputs, kind, models_for, weighted_sum
 
 import jaxmerge as jm
 from sections import Options
 
 RUNS = 5
 LIMIT = 2.0
-SMALLER = {"trimmed": 1, "spectral": 4, "solving": 4}
-"""How many times smaller than `Options.elements` the models are."""
+KINDS = ("trimmed", "spectral", "solving")
 
 HEAVY = ("sort", "top_k", "svd", "eigh", "eig", "qr", "geqrf", "cholesky", "lu")
 """Primitives that order or take apart: a candidate should need none."""
@@ -62,7 +53,7 @@ def run(options: Options) -> Iterator[Table]:
             "init: eager, the second call; apply: jitted, with traced hyperparameters. Rulers, in turn with apply:",
             "sum: a jitted weighted sum of all the trees that go in; products: the matrix products of apply's own",
             "program, alone, or the sum where there are none. apply also runs: orderings and factorisations in apply.",
-            f"Trees of about {options.elements * 4 / 2**20:.0f} MiB for trimmed methods, a quarter of it for others.",
+            f"Trees of about {options.elements * 4 / 2**20:.0f} MiB; smaller, so many times, for {SMALLER}.",
         ],
     )
     table.start()
@@ -70,7 +61,7 @@ def run(options: Options) -> Iterator[Table]:
         method = jm.methods.get(name)()
         assert method.leaf is not None
         sort = kind(method.leaf)
-        if sort not in SMALLER:
+        if sort not in KINDS:
             continue
         try:
             row = _row(method, sort, options)
@@ -81,8 +72,7 @@ def run(options: Options) -> Iterator[Table]:
 
 
 def _row(method: Any, sort: str, options: Options) -> dict[str, Any]:
-    width = width_of(options.elements // SMALLER[sort])
-    base, *tuned = trees(LAYERS, width, 3, options.seed)
+    base, *tuned = models_for(sort, options.elements, options.seed)
     given = inputs(method, base, tuned, options.seed)
 
     def prepare() -> Any:

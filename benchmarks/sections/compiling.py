@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from report import Table
 from sections import Options
 
 RUNS = 1
+PATIENCE = 300.0
+"""Seconds after which a process is given up."""
 DEPTH, DEEPER, WIDTH = 24, 48, 64
 LIMITS = {"eager": 8.0, "in jit": 15.0}
 CHOOSE_LIMIT = 30.0
@@ -79,7 +82,9 @@ def measure(names: list[str], options: dict[str, Any], form: str, seed: int) -> 
             base, *tuned = (_stacked(tree, depth) for tree in (base, *tuned))
             layout = jm.tree.stacked_layout(base, {"layers/": "layers_{layer}/"})
         base, *tuned = (jax.tree.map(jnp.asarray, tree) for tree in (base, *tuned))
-        given = jax.block_until_ready(inputs(method, base, tuned, seed))
+        given = jax.block_until_ready(
+            inputs(method, base, tuned, seed, stacked="layers/" if form == "stacked" else None)
+        )
         arguments = (given.models, given.base, given.key, given.extras)
 
         def whole(models: Any, base: Any, key: Any, extras: Any, layout: Any = layout) -> Any:
@@ -101,8 +106,12 @@ def _row(
         task = json.dumps([names, options, form, seed])
         try:
             found = [_fresh(task) for _ in range(runs)]
+        except subprocess.TimeoutExpired:
+            missed.append(f"{form}: more than {PATIENCE:.0f} s")
+            continue
         except subprocess.CalledProcessError as error:
-            missed.append(f"{form}: {error.stderr.strip().splitlines()[-1][:80]}")
+            said = [line for line in error.stderr.splitlines() if re.match(r"[\w.]*Error", line)]
+            missed.append(f"{form}: {said[-1][:80] if said else error.returncode}")
             continue
         columns = ["stacked 24 s", "stacked 48 s"] if form == "stacked" else [f"{form} s"]
         for column, seconds in zip(columns, zip(*found, strict=True), strict=True):
@@ -126,7 +135,9 @@ def _fresh(task: str) -> list[float]:
     command = [sys.executable, str(Path(__file__).parent.parent / "methods.py"), "--first", task]
     # This process may hold most of an accelerator's memory already.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, timeout=PATIENCE
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,7 @@
 """64 candidates, made and evaluated by one program, beside 64 calls of a jitted one."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,8 +40,8 @@ def run(options: Options) -> Iterator[Table]:
         [
             f"Milliseconds to merge and evaluate {CANDIDATES} networks of {nbytes(base) // 4} parameters on"
             f" {EXAMPLES} examples.",
-            "calls: one jitted candidate and evaluation, called in a loop; chunks: jax.lax.map over all, so many at once"
-            f" by vmap ({CHUNKS[-1]}: vmap alone).",
+            "calls: one jitted candidate and evaluation, called in a loop; chunks: jax.lax.map over all,",
+            f"so many at once by vmap ({CHUNKS[-1]}: vmap alone).",
         ],
     )
     table.start()
@@ -113,7 +114,7 @@ def _network(seed: int) -> dict[str, Any]:
             "weight": jnp.asarray(rng.standard_normal((n, m), np.float32) / math.sqrt(m)),
             "bias": jnp.asarray(0.1 * rng.standard_normal(n, np.float32)),
         }
-        for i, (m, n) in enumerate(zip(SIZES, SIZES[1:], strict=False))
+        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
     }
 
 

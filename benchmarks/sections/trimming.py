@@ -17,9 +17,11 @@ from jaxmerge.methods import LeafMethod, MergeMethod
 from sections import Options
 
 RUNS = 3
+SMALLER = 2
+"""How many times smaller the models are: PyTorch takes its time."""
 LIMIT = 10.0
-TOLERANCE = 1e-5
-"""The share of entries that may differ: sums in another order move what lies at a threshold."""
+TOLERANCE = 1e-4
+"""The share of entries that may differ: of equal magnitudes torch takes any, and sums in another order move a few."""
 
 
 class Case(NamedTuple):
@@ -52,7 +54,7 @@ def run(options: Options) -> Iterator[Table]:
         return
     import torch
 
-    base, *tuned = trees(LAYERS, width_of(options.elements), 3, options.seed)
+    base, *tuned = trees(LAYERS, width_of(options.elements // SMALLER), 3, options.seed)
     key = jax.random.key(options.seed)
     table = Table(
         "Trimmed merges beside PyTorch with argsort",
