@@ -1,5 +1,13 @@
-"""What every registered method owes, from one table."""
+"""What every registered method owes, from one table.
 
+Compiling is what these tests cost. All tests of a method therefore share their inputs and run in one process (see
+`tests/conftest.py`), and what is compiled for one test alone sees few shapes.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -11,9 +19,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxmerge as jm
-from jaxmerge.methods import Hyperparameter, MergeMethod
-
-SHAPES = {"narrow": (4, 1, 1, 1), "matrix": (8, 5), "scalar": ()}
+from jaxmerge.methods import Gram, Hyperparameter, MergeMethod
 
 
 def variants(name: str) -> list[MergeMethod]:
@@ -35,63 +41,140 @@ def combinators() -> list[MergeMethod]:
         methods.choose([methods.linear(), methods.ties(scope="tensor"), methods.dare_linear()]),
         methods.by_block(
             {"wide": methods.ties(), "rest": methods.dare_linear()},
-            {"nested/matrix": "wide", "**": "rest"},
+            {"layers/0/w": "wide", "**": "rest"},
         ),
     ]
 
 
-def label(method: MergeMethod) -> str:
-    return method.name
+def table(methods: list[MergeMethod]) -> Any:
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.name)
 
 
 METHODS = [jm.methods.get(name)() for name in jm.methods.names()] + combinators()
 VARIANTS = [method for name in jm.methods.names() for method in variants(name)[1:]]
-every_method = pytest.mark.parametrize("method", METHODS, ids=label)
-every_variant = pytest.mark.parametrize("method", METHODS + VARIANTS, ids=label)
+every_variant = table(METHODS + VARIANTS)
 
 
-def model(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+def every_method(test: Any) -> Any:
+    return pytest.mark.usefixtures("compiled_in_haste")(table(METHODS)(test))
+
+
+@contextmanager
+def haste() -> Iterator[None]:
+    """Compiles in a third of the time, to programs that round every product: `a * b + c` is never fused."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compiled_in_haste() -> Iterator[None]:
+    with haste():
+        yield
+
+
+# Inputs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method is given, in the order of `init`."""
+
+    models: list[Any]
+    base: Any
+    extras: dict[str, Any]
+
+    def map(self, change: Callable[[Any], Any]) -> "Inputs":
+        """Changes every tree of parameters; Gram matrices stay as they are."""
+        extras = {
+            name: list(map(change, trees)) if isinstance(trees, list) else change(trees)
+            for name, trees in self.extras.items()
+            if not is_gram(trees)
+        }
+        return Inputs(list(map(change, self.models)), change(self.base), {**self.extras, **extras})
+
+    def only(self, leaves: Callable[[Any], Any], *paths: str) -> "Inputs":
+        """Some leaves of every tree, and the Gram matrices of these paths."""
+        extras = {
+            name: [{path: tree[path] for path in paths if path in tree} for tree in trees]
+            for name, trees in self.extras.items()
+            if is_gram(trees)
+        }
+        found = self.map(leaves)
+        return replace(found, extras={**found.extras, **extras})
+
+
+def is_gram(trees: Any) -> bool:
+    return isinstance(trees, list) and any(isinstance(x, Gram) for x in trees[0].values())
+
+
+def model(seed: int, dtypes: Any = (jnp.float32, jnp.float32)) -> dict[str, Any]:
+    """Two tensors of one shape, rows of one entry, a scalar, and what is carried over."""
     rng = np.random.default_rng(seed)
-    draw = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
+
+    def draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    first, second = dtypes
     return {
-        "nested": {
-            "matrix": draw.pop("matrix"),
-            "twin": jnp.asarray(rng.normal(size=(8, 5)), dtype),
-        },
-        "list": [draw.pop("narrow")],
-        **draw,
-        "empty": jnp.zeros((0, 3), dtype),
+        "layers": [{"w": draw((8, 5), first)}, {"w": draw((8, 5), second)}],
+        "narrow": draw((4, 1, 1, 1), first),
+        "scalar": draw((), second),
+        "empty": jnp.zeros((0, 3), first),
         "steps": jnp.asarray(7 + seed, jnp.int32),
         "mask": jnp.asarray([True, seed % 2 == 0]),
     }
 
 
-def inputs(method: MergeMethod, dtype: Any = jnp.float32) -> tuple[list[Any], Any]:
-    """Models and a base that the method takes."""
+def inputs(method: MergeMethod, dtypes: Any = (jnp.float32, jnp.float32)) -> Inputs:
+    """Models, a base and extras that the method takes."""
     low, high = method.models
     count = max(low, 2) if high is None or high >= 2 else high
-    base = model(0, dtype)
+    base = model(0, dtypes)
     if method.base == "source":
         count -= 1
-    models = [model(i + 1, dtype) for i in range(count)]
+    models = [model(i + 1, dtypes) for i in range(count)]
     if method.base == "required":
         models = [jax.tree.map(nearby, base, one) for one in models]
-    return models, base
+    return Inputs(models, base, extras_for(method, models))
+
+
+def extras_for(method: MergeMethod, models: list[Any], *, optional: bool = True) -> dict[str, Any]:
+    """What the method needs beside the models: positive numbers like the parameters, Grams of the layers' sides."""
+    count = len(models) + (method.base == "source")
+    made: dict[str, Any] = {}
+    for name, extra in method.extras.items():
+        if not (extra.required or optional):
+            continue
+        make = gram_of if extra.kind == "gram" else positive
+        trees = [make(extra, seed) for seed in range(count)]
+        made[name] = trees if extra.per == "model" else trees[0]
+    return made
+
+
+def positive(_: Any, seed: int) -> Any:
+    return jax.tree.map(lambda x: abs(x) if is_float(x) else x, model(20 + seed))
+
+
+def gram_of(extra: Any, seed: int) -> dict[str, Gram]:
+    """Of the two layers [8, 5], not of the other leaves."""
+    rng = np.random.default_rng(20 + seed)
+    size, axis = (5, 1) if extra.side == "inputs" else (8, 0)
+    seen = [rng.normal(size=(4 * size, size)) for _ in range(2)]
+    matrices = [jnp.asarray(x.T @ x / len(x), jnp.float32) for x in seen]
+    return {f"layers/{i}/w": Gram(matrix, axes=(axis,)) for i, matrix in enumerate(matrices)}
 
 
 def nearby(base: jax.Array, other: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(base.dtype, jnp.floating):
-        return other
-    return (base + 0.1 * other).astype(base.dtype)
+    return (base + 0.1 * other).astype(base.dtype) if is_float(base) else other
+
+
+def is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def key(method: MergeMethod) -> jax.Array | None:
     return jax.random.key(3) if method.random else None
-
-
-def sources(method: MergeMethod) -> int:
-    models, base = inputs(method)
-    return len(models) + (method.base == "source" and base is not None)
 
 
 def sample(method: MergeMethod, seed: int = 0) -> dict[str, Any]:
@@ -111,6 +194,86 @@ def sample(method: MergeMethod, seed: int = 0) -> dict[str, Any]:
     return {name: draw(spec) for name, spec in method.hyperparams.items()}
 
 
+def sources(method: MergeMethod) -> int:
+    return len(subject(method).given.models) + (method.base == "source")
+
+
+# What the tests of one method share ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A method with inputs, and what was made of them."""
+
+    method: MergeMethod
+    given: Inputs
+
+    @functools.cached_property
+    def point(self) -> dict[str, Any]:
+        return sample(self.method)
+
+    @functools.cached_property
+    def once(self) -> Any:
+        return self.merge(self.given, **self.point)
+
+    @functools.cached_property
+    def state(self) -> Any:
+        return self.init(self.given)
+
+    @functools.cached_property
+    def some(self) -> Inputs:
+        """Leaves of two kinds, for programs that only one test compiles: the layers and the scalar."""
+        return self.given.only(layers_and_scalar, *LAYERS)
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """Both ways to merge, as one compiled function of everything."""
+
+        def both(given: Any, point: Any, key: Any) -> Any:
+            models, base, extras = given
+            once = jm.merge(self.method, models, base=base, extras=extras, key=key, **point)
+            state = self.method.init(models, base, extras=extras)
+            return once, self.method.apply(state, point, key)
+
+        return jax.jit(both)
+
+    def merge(self, given: Inputs, **rest: Any) -> Any:
+        return jm.merge(
+            self.method,
+            given.models,
+            base=given.base,
+            extras=given.extras,
+            key=key(self.method),
+            **rest,
+        )
+
+    def init(self, given: Inputs, **rest: Any) -> Any:
+        return self.method.init(given.models, given.base, extras=given.extras, **rest)
+
+    def apply(self, state: Any, point: Any) -> Any:
+        return self.method.apply(state, point, key(self.method))
+
+    def params(self, merged: Any) -> Any:
+        """Without what belongs to each task."""
+        return merged[0] if self.method.per_task else merged
+
+
+@functools.cache
+def subject(method: MergeMethod) -> Subject:
+    return Subject(method, inputs(method))
+
+
+LAYERS = ("layers/0/w", "layers/1/w")
+
+
+def layers_and_scalar(tree: Any) -> Any:
+    return {"layers": tree["layers"], "scalar": tree["scalar"]}
+
+
+def whole(given: Inputs) -> tuple[Any, ...]:
+    return given.models, given.base, given.extras
+
+
 def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     chex.assert_trees_all_equal_structs(a, b)
     for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -123,98 +286,129 @@ def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
         )
 
 
+# Programs -----------------------------------------------------------------------------------------------------------
+
+
 @every_variant
 def test_merging_once_equals_init_and_apply_jitted_or_not(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    point = sample(method)
-    once = jm.merge(method, models, base=base, key=key(method), **point)
-    state = method.init(models, base)
-    close(once, method.apply(state, point, key(method)))
-    close(once, jax.jit(method.apply)(state, point, key(method)))
-
-    @jax.jit
-    def whole(models: Any, base: Any, point: Any) -> Any:
-        return jm.merge(method, models, base=base, key=key(method), **point)
-
-    close(once, whole(models, base, point))
+    it = subject(method)
+    close(it.once, it.apply(it.state, it.point))
+    given = it.given if method in METHODS else it.some
+    expected = it.once if given is it.given else it.merge(given, **it.point)
+    with haste():
+        for merged in it.program(whole(given), it.point, key(method)):
+            close(expected, merged)
 
 
 @every_method
 def test_a_vmapped_population_equals_a_loop_and_traces_once(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    state = method.init(models, base)
+    it = subject(method)
+    state = it.init(it.some)
     points = [sample(method, seed) for seed in range(4)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *points)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def population(state: Any, points: Any) -> Any:
-        return jax.vmap(lambda p: method.apply(state, p, key(method)))(points)
+        return jax.vmap(lambda p: it.apply(state, p))(points)
 
     many = population(state, stacked)
     population(state, jax.tree.map(lambda x: x * 0.5, stacked))
     for i, point in enumerate(points):
-        close(jm.tree.unstack(many)[i], method.apply(state, point, key(method)))
+        close(jm.tree.unstack(many)[i], it.apply(state, point))
 
 
 @every_method
 def test_numbers_and_arrays_share_one_trace(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    state = method.init(models, base)
-    point = sample(method)
-    method.apply(state, point, key(method))
-    with jax.log_compiles(False):
-        before = _compiled()
-        method.apply(state, jax.tree.map(lambda x: x.tolist(), point), key(method))
-        method.apply(state, jax.tree.map(np.asarray, point), key(method))
-        assert _compiled() == before
+    it = subject(method)
+    it.apply(it.state, it.point)
+    before = COMPILED[0]
+    it.apply(it.state, jax.tree.map(lambda x: x.tolist(), it.point))
+    it.apply(it.state, jax.tree.map(np.asarray, it.point))
+    assert COMPILED[0] == before
 
 
-def _compiled() -> int:
-    from jaxmerge.methods import engine, measuring
+COMPILED = [0]
 
-    functions = (
-        engine._apply_batch,
-        measuring._whole_tensor,
-        measuring._statistics,
-        measuring._look_up,
-    )
-    return sum(function._cache_size() for function in functions)
+
+def _count_compilations(event: str, *_: Any, **__: Any) -> None:
+    COMPILED[0] += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
 
 
 @every_method
 def test_gradients_are_finite(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    point = sample(method)
-    for sources_ in (models, [base] * len(models)):
-        state = method.init(sources_, base)
+    it = subject(method)
 
-        def objective(point: Any, state: Any = state) -> jax.Array:
-            merged = method.apply(state, point, key(method))
-            return sum(
-                jnp.sum(jnp.square(x)) for x in jax.tree.leaves(merged) if x.dtype == jnp.float32
-            )
+    @jax.jit
+    @jax.grad
+    def slope(point: Any, state: Any) -> jax.Array:
+        merged = it.params(it.apply(state, point))
+        return sum(
+            jnp.sum(jnp.square(x)) for x in jax.tree.leaves(merged) if x.dtype == jnp.float32
+        )
 
-        chex.assert_tree_all_finite(jax.grad(objective)(point))
+    identical = replace(it.given, models=[it.given.base] * len(it.given.models))
+    for state in (it.state, it.init(identical)):
+        chex.assert_tree_all_finite(slope(it.point, state))
 
 
 @every_method
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_storage_dtype_is_kept_and_a_given_dtype_honoured(
-    method: MergeMethod, dtype: Any
-) -> None:
-    models, base = inputs(method, dtype)
-    merged = jm.merge(method, models, base=base, key=key(method))
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, base)
-    wide = jm.merge(method, models, base=base, key=key(method), dtype=jnp.float32)
-    assert wide["scalar"].dtype == wide["empty"].dtype == jnp.float32
-    assert wide["steps"].dtype == jnp.int32
+def test_lowers_for_accelerators_without_a_device(method: MergeMethod) -> None:
+    it = subject(method)
+    platforms = ("cuda", "tpu")
+    exported = export.export(it.program, platforms=platforms)(
+        whole(it.given), it.point, key(method)
+    )
+    assert exported.platforms == platforms
+    assert "callback" not in str(exported.mlir_module())
+
+
+@every_method
+def test_sharded_over_eight_devices_gives_the_same(method: MergeMethod) -> None:
+    it = subject(method)
+    mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
+
+    def place(x: jax.Array) -> jax.Array:
+        split = x.ndim > 0 and x.shape[0] == 8
+        return jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec("shards") if split else PartitionSpec())
+        )
+
+    merged = it.merge(it.some, **it.point)
+    sharded = Inputs(*jax.tree.map(place, whole(it.some)))
+    close(merged, it.merge(sharded, **it.point))
+    close(merged, it.apply(it.init(sharded), it.point))
+    for compiled in it.program(whole(sharded), it.point, key(method)):
+        close(merged, compiled)
+
+
+# Leaves -------------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_the_storage_dtype_is_kept_and_a_given_dtype_honoured(method: MergeMethod) -> None:
+    it = subject(method)
+    half = inputs(method, (jnp.bfloat16, jnp.float16))
+    some = half.only(lambda tree: {"layers": tree["layers"], "steps": tree["steps"]}, *LAYERS)
+    merged = it.params(it.merge(some))
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, some.base)
+    chex.assert_tree_all_finite(merged)
+    for dtype in (None, jnp.float32):
+        merged = it.params(jax.eval_shape(lambda given: it.merge(given, dtype=dtype), half))
+        expected = jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, half.base)
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, expected if dtype else half.base)
+
+
+jax.tree_util.register_dataclass(Inputs)
 
 
 @every_method
 def test_integers_and_booleans_come_from_the_base(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    merged = jm.merge(method, models, base=base, key=key(method))
+    it = subject(method)
+    merged, base = it.params(it.once), it.given.base
     np.testing.assert_array_equal(merged["steps"], base["steps"])
     np.testing.assert_array_equal(merged["mask"], base["mask"])
     assert merged["empty"].shape == (0, 3)
@@ -245,119 +439,87 @@ def extremes(method: MergeMethod) -> list[dict[str, Any]]:
 
 @every_variant
 def test_degenerate_inputs_give_finite_results(method: MergeMethod) -> None:
-    models, base = inputs(method)
+    it = subject(method)
+    models, base, extras = whole(it.given)
     zero = jax.tree.map(jnp.zeros_like, base)
     negated = jax.tree.map(lambda x: -x if x.dtype == jnp.float32 else x, base)
+    nothing = jax.tree.map(jnp.zeros_like, extras)
     for sources_, base_ in (
         (models, base),
         ([base] * len(models), base),
         ([zero] * len(models), zero),
         ([negated] * len(models), base),
     ):
-        state = method.init(sources_, base_)
-        for point in extremes(method):
-            chex.assert_tree_all_finite(method.apply(state, point, key(method)))
+        for extras_ in [extras, nothing] if extras else [extras]:
+            state = it.init(Inputs(sources_, base_, extras_))
+            for point in extremes(method):
+                chex.assert_tree_all_finite(it.apply(state, point))
 
 
 @every_method
 def test_one_model_is_enough_where_the_method_allows_it(method: MergeMethod) -> None:
-    models, base = inputs(method)
+    it = subject(method)
+    models, base = it.given.models[:1], it.given.base
     if method.models[0] > 1:
         with pytest.raises(ValueError, match="takes"):
-            jm.merge(method, models[:1], key=key(method))
+            jm.merge(method, models, key=key(method))
         return
-    chex.assert_tree_all_finite(jm.merge(method, models[:1], base=base, key=key(method)))
+    one = Inputs(models, base, extras_for(method, models, optional=False))
+    some = one.only(lambda tree: {"layers": tree["layers"][:1]}, "layers/0/w")
+    chex.assert_tree_all_finite(it.merge(some))
 
 
 @every_method
 def test_the_result_does_not_depend_on_names_of_containers_or_their_order(
     method: MergeMethod,
 ) -> None:
-    models, base = inputs(method)
+    it = subject(method)
 
     def turned(tree: Any) -> Any:
         return dict(reversed(list(tree.items())))
 
-    point = sample(method)
-    straight = jm.merge(method, models, base=base, key=key(method), **point)
-    other = jm.merge(method, list(map(turned, models)), base=turned(base), key=key(method), **point)
-    close(straight, {name: other[name] for name in straight}, 0.0)
-
-
-@every_method
-def test_sharded_over_eight_devices_gives_the_same(method: MergeMethod) -> None:
-    models, base = inputs(method)
-    mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
-
-    def place(x: jax.Array) -> jax.Array:
-        split = x.ndim > 0 and x.shape[0] == 8
-        return jax.device_put(
-            x, NamedSharding(mesh, PartitionSpec("shards") if split else PartitionSpec())
-        )
-
-    point = sample(method)
-    merged = jm.merge(method, models, base=base, key=key(method), **point)
-    sharded_models, sharded_base = jax.tree.map(place, (models, base))
-    close(merged, jm.merge(method, sharded_models, base=sharded_base, key=key(method), **point))
-    state = method.init(sharded_models, sharded_base)
-    close(merged, jax.jit(method.apply)(state, point, key(method)))
-
-
-@every_method
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowers_for_accelerators_without_a_device(method: MergeMethod, platform: str) -> None:
-    models, base = inputs(method)
-
-    def whole(models: Any, base: Any, point: Any, key: Any) -> Any:
-        return jm.merge(method, models, base=base, key=key, **point)
-
-    exported = export.export(jax.jit(whole), platforms=[platform])(
-        models, base, sample(method), key(method)
-    )
-    assert exported.platforms == (platform,)
-    assert "callback" not in str(exported.mlir_module())
+    other = it.merge(it.given.map(turned), **it.point)
+    close(it.once, jax.tree.unflatten(jax.tree.structure(it.once), jax.tree.leaves(other)), 0.0)
 
 
 @every_method
 def test_a_layout_gives_what_the_checkpoint_gives(method: MergeMethod) -> None:
     """Flax-like leaves, transposed and with layers stacked, merge like the flat checkpoint."""
-    rng = np.random.default_rng(5)
-    flat_trees = []
-    for _ in range(len(inputs(method)[0]) + 1):
-        flat_trees.append(
-            {
-                **{f"layers.{i}.w": rng.normal(size=(4, 6)).astype(np.float32) for i in range(3)},
-                "conv.weight": rng.normal(size=(5, 2, 3, 3)).astype(np.float32),
-                "nested/matrix": rng.normal(size=(3,)).astype(np.float32),
-            }
-        )
+    it = subject(method)
     layout = jm.tree.Layout(
         {
-            "stack": jm.tree.TensorLayout(
-                tuple(f"layers.{i}.w" for i in range(3)), axes=(1, 2, 0), shape=(4, 6), stacked=True
-            ),
-            "kernel": jm.tree.TensorLayout(("conv.weight",), axes=(3, 2, 0, 1)),
+            "stack": jm.tree.TensorLayout(LAYERS, axes=(1, 2, 0), shape=(8, 5), stacked=True),
+            "kernel": jm.tree.TensorLayout(("narrow",), axes=(3, 2, 0, 1)),
         }
     )
 
-    def to_flax(flat: Any) -> Any:
-        stack = np.stack([flat[f"layers.{i}.w"].reshape(2, 2, 6) for i in range(3)])
+    def to_flax(tree: Any) -> Any:
+        split = [layer["w"].reshape(2, 4, 5) for layer in tree["layers"]]
+        rest = {name: tree[name] for name in tree if name not in ("layers", "narrow")}
         return {
-            "stack": jnp.asarray(stack.transpose(0, 3, 1, 2)),
-            "kernel": jnp.asarray(flat["conv.weight"].transpose(2, 3, 1, 0)),
-            "nested/matrix": jnp.asarray(flat["nested/matrix"]),
+            "stack": jnp.stack([jnp.transpose(one, (2, 0, 1)) for one in split]),
+            "kernel": jnp.transpose(tree["narrow"], (2, 3, 1, 0)),
+            **rest,
         }
 
-    flat_base, *flat_models = flat_trees
-    point = sample(method)
-    if method.name == "choose":
-        point["method"] = jnp.asarray(1.0)
-    merged = jm.merge(method, flat_models, base=flat_base, key=key(method), **point)
-    flax_models, flax_base = list(map(to_flax, flat_models)), to_flax(flat_base)
-    arguments = {"base": flax_base, "key": key(method), "layout": layout, **point}
-    close(to_flax(merged), jm.merge(method, flax_models, **arguments))
-    state = method.init(flax_models, flax_base, layout=layout)
-    close(to_flax(merged), method.apply(state, point, key(method)))
+    def stacked_grams(grams: Any) -> Any:
+        matrices = jnp.stack([grams[path].matrix for path in LAYERS])
+        axes = {(1,): (0,), (0,): (1, 2)}[grams[LAYERS[0]].axes]
+        return {"stack": Gram(matrices, axes=axes)}
+
+    flax = it.given.map(to_flax)
+    grams = {
+        name: list(map(stacked_grams, trees))
+        for name, trees in it.given.extras.items()
+        if is_gram(trees)
+    }
+    flax = replace(flax, extras={**flax.extras, **grams})
+    expected = to_flax(it.params(it.once))
+    if method.per_task:
+        per_task = it.once[1]
+        expected = expected, replace(per_task, masks=jax.vmap(to_flax)(per_task.masks))
+    close(expected, it.merge(flax, layout=layout, **it.point))
+    close(expected, it.apply(it.init(flax, layout=layout), it.point))
 
 
 def test_constructors_are_cached_and_names_listed() -> None:
