@@ -397,8 +397,8 @@ def test_the_storage_dtype_is_kept_and_a_given_dtype_honoured(method: MergeMetho
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, some.base)
     chex.assert_tree_all_finite(merged)
     for dtype in (None, jnp.float32):
-        merged = it.params(jax.eval_shape(lambda given: it.merge(given, dtype=dtype), half))
-        expected = jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, half.base)
+        merged = it.params(jax.eval_shape(functools.partial(it.merge, dtype=dtype), half))
+        expected = jax.tree.map(lambda x, to=dtype: x.astype(to) if is_float(x) else x, half.base)
         chex.assert_trees_all_equal_shapes_and_dtypes(merged, expected if dtype else half.base)
 
 
