@@ -95,12 +95,17 @@ def read(path: Path) -> Report:
     return Report(**{**fields, "tables": [Table(**table) for table in fields["tables"]]})
 
 
+PLACES = ("--json", "--data")
+"""Options that say where files lie, which is nobody else's business."""
+
+
 def _command() -> str:
-    """How the benchmark was called, without where its JSON goes."""
+    """How the benchmark was called, without `PLACES`."""
     given = sys.argv[1:]
-    if "--json" in given:
-        place = given.index("--json")
-        given = given[:place] + given[place + 2 :]
+    for option in PLACES:
+        if option in given:
+            at = given.index(option)
+            given = given[:at] + given[at + 2 :]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
 
 

@@ -32,12 +32,20 @@ def _fresh_trace_counts() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives tests that compile the same programs to one process: those of a method, the cases of a function."""
+    """Gives tests that share programs or a fixture to one process.
+
+    Those are the contract's tests of one method, the cases of one test, and files with a fixture of their own.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
-    class BySharedPrograms(LoadScopeScheduling):
+    class BySharedWork(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            method = re.search(r"test_contract\.py::.*\[(.*?)\d*\]$", nodeid)
-            return method[1] if method else nodeid.partition("[")[0]
+            path, _, name = nodeid.partition("::")
+            method = re.search(r"\[(.*?)\d*\]$", name)
+            if path.endswith("test_contract.py") and method:
+                return method[1]
+            if "quickstart/" in path or path.endswith("test_packaging.py"):
+                return path
+            return nodeid.partition("[")[0]
 
-    return BySharedPrograms(config, log)
+    return BySharedWork(config, log)

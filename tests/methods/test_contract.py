@@ -63,8 +63,10 @@ def every_method(test: Any) -> Any:
 def haste() -> Iterator[None]:
     """Compiles in a third of the time, to programs that round every product: `a * b + c` is never fused."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -73,12 +75,25 @@ def compiled_in_haste() -> Iterator[None]:
         yield
 
 
+COMPILATIONS: list[float] = []
+"""The seconds that each of this process took."""
+
+
+def note_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
 # Inputs -------------------------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """What a method is given, in the order of `init`."""
+    """What a method is given."""
 
     models: list[Any]
     base: Any
@@ -87,25 +102,32 @@ class Inputs:
     def map(self, change: Callable[[Any], Any]) -> "Inputs":
         """Changes every tree of parameters; Gram matrices stay as they are."""
         extras = {
-            name: list(map(change, trees)) if isinstance(trees, list) else change(trees)
+            name: trees if are_grams(trees) else each(change, trees)
             for name, trees in self.extras.items()
-            if not is_gram(trees)
         }
-        return Inputs(list(map(change, self.models)), change(self.base), {**self.extras, **extras})
+        return Inputs(each(change, self.models), change(self.base), extras)
 
-    def only(self, leaves: Callable[[Any], Any], *paths: str) -> "Inputs":
-        """Some leaves of every tree, and the Gram matrices of these paths."""
+    def map_grams(self, change: Callable[[Any], Any]) -> "Inputs":
         extras = {
-            name: [{path: tree[path] for path in paths if path in tree} for tree in trees]
+            name: each(change, trees) if are_grams(trees) else trees
             for name, trees in self.extras.items()
-            if is_gram(trees)
         }
-        found = self.map(leaves)
-        return replace(found, extras={**found.extras, **extras})
+        return replace(self, extras=extras)
+
+    def only(self, change: Callable[[Any], Any], *paths: str) -> "Inputs":
+        """Changes every tree of parameters to one with fewer leaves, and keeps the Gram matrices of these paths."""
+        return self.map(change).map_grams(
+            lambda grams: {path: grams[path] for path in paths if path in grams}
+        )
 
 
-def is_gram(trees: Any) -> bool:
-    return isinstance(trees, list) and any(isinstance(x, Gram) for x in trees[0].values())
+def each(change: Callable[[Any], Any], trees: Any) -> Any:
+    return list(map(change, trees)) if isinstance(trees, list) else change(trees)
+
+
+def are_grams(trees: Any) -> bool:
+    leaves = jax.tree.leaves(trees, is_leaf=lambda x: isinstance(x, Gram))
+    return any(isinstance(leaf, Gram) for leaf in leaves)
 
 
 def model(seed: int, dtypes: Any = (jnp.float32, jnp.float32)) -> dict[str, Any]:
@@ -229,23 +251,15 @@ class Subject:
     def program(self) -> Any:
         """Both ways to merge, as one compiled function of everything."""
 
-        def both(given: Any, point: Any, key: Any) -> Any:
-            models, base, extras = given
-            once = jm.merge(self.method, models, base=base, extras=extras, key=key, **point)
-            state = self.method.init(models, base, extras=extras)
-            return once, self.method.apply(state, point, key)
+        def both(given: Inputs, point: Any, key: Any) -> Any:
+            once = self.merge(given, key=key, **point)
+            return once, self.method.apply(self.init(given), point, key)
 
         return jax.jit(both)
 
     def merge(self, given: Inputs, **rest: Any) -> Any:
-        return jm.merge(
-            self.method,
-            given.models,
-            base=given.base,
-            extras=given.extras,
-            key=key(self.method),
-            **rest,
-        )
+        rest = {"key": key(self.method), **rest}
+        return jm.merge(self.method, given.models, base=given.base, extras=given.extras, **rest)
 
     def init(self, given: Inputs, **rest: Any) -> Any:
         return self.method.init(given.models, given.base, extras=given.extras, **rest)
@@ -270,10 +284,6 @@ def layers_and_scalar(tree: Any) -> Any:
     return {"layers": tree["layers"], "scalar": tree["scalar"]}
 
 
-def whole(given: Inputs) -> tuple[Any, ...]:
-    return given.models, given.base, given.extras
-
-
 def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     chex.assert_trees_all_equal_structs(a, b)
     for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -296,7 +306,7 @@ def test_merging_once_equals_init_and_apply_jitted_or_not(method: MergeMethod) -
     given = it.given if method in METHODS else it.some
     expected = it.once if given is it.given else it.merge(given, **it.point)
     with haste():
-        for merged in it.program(whole(given), it.point, key(method)):
+        for merged in it.program(given, it.point, key(method)):
             close(expected, merged)
 
 
@@ -322,20 +332,10 @@ def test_a_vmapped_population_equals_a_loop_and_traces_once(method: MergeMethod)
 def test_numbers_and_arrays_share_one_trace(method: MergeMethod) -> None:
     it = subject(method)
     it.apply(it.state, it.point)
-    before = COMPILED[0]
+    before = len(COMPILATIONS)
     it.apply(it.state, jax.tree.map(lambda x: x.tolist(), it.point))
     it.apply(it.state, jax.tree.map(np.asarray, it.point))
-    assert COMPILED[0] == before
-
-
-COMPILED = [0]
-
-
-def _count_compilations(event: str, *_: Any, **__: Any) -> None:
-    COMPILED[0] += event == "/jax/core/compile/backend_compile_duration"
-
-
-jax.monitoring.register_event_duration_secs_listener(_count_compilations)
+    assert len(COMPILATIONS) == before
 
 
 @every_method
@@ -359,9 +359,7 @@ def test_gradients_are_finite(method: MergeMethod) -> None:
 def test_lowers_for_accelerators_without_a_device(method: MergeMethod) -> None:
     it = subject(method)
     platforms = ("cuda", "tpu")
-    exported = export.export(it.program, platforms=platforms)(
-        whole(it.given), it.point, key(method)
-    )
+    exported = export.export(it.program, platforms=platforms)(it.given, it.point, key(method))
     assert exported.platforms == platforms
     assert "callback" not in str(exported.mlir_module())
 
@@ -378,10 +376,10 @@ def test_sharded_over_eight_devices_gives_the_same(method: MergeMethod) -> None:
         )
 
     merged = it.merge(it.some, **it.point)
-    sharded = Inputs(*jax.tree.map(place, whole(it.some)))
+    sharded = jax.tree.map(place, it.some)
     close(merged, it.merge(sharded, **it.point))
     close(merged, it.apply(it.init(sharded), it.point))
-    for compiled in it.program(whole(sharded), it.point, key(method)):
+    for compiled in it.program(sharded, it.point, key(method)):
         close(merged, compiled)
 
 
@@ -400,9 +398,6 @@ def test_the_storage_dtype_is_kept_and_a_given_dtype_honoured(method: MergeMetho
         merged = it.params(jax.eval_shape(functools.partial(it.merge, dtype=dtype), half))
         expected = jax.tree.map(lambda x, to=dtype: x.astype(to) if is_float(x) else x, half.base)
         chex.assert_trees_all_equal_shapes_and_dtypes(merged, expected if dtype else half.base)
-
-
-jax.tree_util.register_dataclass(Inputs)
 
 
 @every_method
@@ -440,7 +435,7 @@ def extremes(method: MergeMethod) -> list[dict[str, Any]]:
 @every_variant
 def test_degenerate_inputs_give_finite_results(method: MergeMethod) -> None:
     it = subject(method)
-    models, base, extras = whole(it.given)
+    models, base, extras = it.given.models, it.given.base, it.given.extras
     zero = jax.tree.map(jnp.zeros_like, base)
     negated = jax.tree.map(lambda x: -x if x.dtype == jnp.float32 else x, base)
     nothing = jax.tree.map(jnp.zeros_like, extras)
@@ -507,19 +502,19 @@ def test_a_layout_gives_what_the_checkpoint_gives(method: MergeMethod) -> None:
         axes = {(1,): (0,), (0,): (1, 2)}[grams[LAYERS[0]].axes]
         return {"stack": Gram(matrices, axes=axes)}
 
-    flax = it.given.map(to_flax)
-    grams = {
-        name: list(map(stacked_grams, trees))
-        for name, trees in it.given.extras.items()
-        if is_gram(trees)
-    }
-    flax = replace(flax, extras={**flax.extras, **grams})
+    flax = it.given.map(to_flax).map_grams(stacked_grams)
     expected = to_flax(it.params(it.once))
     if method.per_task:
         per_task = it.once[1]
         expected = expected, replace(per_task, masks=jax.vmap(to_flax)(per_task.masks))
     close(expected, it.merge(flax, layout=layout, **it.point))
     close(expected, it.apply(it.init(flax, layout=layout), it.point))
+
+
+def test_compilations_are_counted() -> None:
+    before = len(COMPILATIONS)
+    jax.jit(lambda x: x + 1)(0)
+    assert len(COMPILATIONS) > before
 
 
 def test_constructors_are_cached_and_names_listed() -> None:
