@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests' matrices are tiny, and several processes share the cores: OpenBLAS's threads would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -28,6 +29,13 @@ hypothesis.settings.load_profile("compiling")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counts() -> None:
     chex.clear_trace_counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory() -> Iterator[None]:
+    """Compiled programs would otherwise pile up to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,7 +6,7 @@ share; `init` stacks leaves of equal shape into one batch, so that a program aro
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -62,10 +62,10 @@ class Batch:
 
     models: tuple[jax.Array, ...]
     base: jax.Array | None
-    names: jax.Array
-    depths: jax.Array
+    names: jax.Array | np.ndarray
+    depths: jax.Array | np.ndarray
     extras: dict[str, tuple[jax.Array, ...]]
-    starts: tuple[jax.Array, ...]
+    starts: tuple[Any, ...]
     members: tuple[Member, ...] = field(metadata={"static": True})
     inputs: tuple[int, ...] = field(metadata={"static": True})
     stacked: bool = field(metadata={"static": True})
@@ -80,11 +80,11 @@ class Batch:
 
     @property
     def tensor_size(self) -> int:
-        return int(np.prod(self.tensor_shape, dtype=np.int64))
+        return math.prod(self.tensor_shape)
 
     def chunk(self, seed: jax.Array | None) -> Chunk:
         """The whole batch as a leaf function sees it, with a leading axis where it is stacked."""
-        offset = jnp.zeros(len(self.tensor_names) if self.stacked else (), jnp.uint32)
+        offset = np.zeros(len(self.tensor_names) if self.stacked else (), np.uint32)
         depth = self.depths if self.stacked else self.depths[0]
         return Chunk(
             self.models,
@@ -161,7 +161,9 @@ def merge_once(
     values = hyperparameters.check(leaf.hyperparams, hyperparams, sources, leaf.name)
     given = (models, base, dict(extras or {}))
     tracers = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
-    state = _load(leaf, models, base, layout, extras, dtype, group=tracers)
+    # A leaf that is only computed entry by entry compiles as fast as its slice out of a batch would, and runs faster.
+    together = tracers and (bool(leaf.measures) or leaf.random or leaf.cuts != "elements")
+    state = _load(leaf, models, base, layout, extras, dtype, group=together)
     if tracers or any(one.scope == "model" for one in leaf.measures):
         merged = _merged(leaf, state.batches, values, words, None)
         return _assemble(leaf, state, merged, sources)
@@ -265,7 +267,7 @@ def _batch(
     trees = flat if flat_base is None else [*flat, flat_base]
     like = [name for name in present if leaf.extras[name].kind == "like"]
     beside = [tree for name in like for tree in gathered[name]]
-    leaves = [[jnp.asarray(leaves[m.path]) for m in members] for leaves in [*trees, *beside]]
+    leaves = [[_array(leaves[m.path]) for m in members] for leaves in [*trees, *beside]]
     kinds = tuple((m.layout.transform, m.layout.stacked) for m in members)
     as_it_stands = not stacked and kinds[0][0] == (None, None)
     joined = [leaf for (leaf,) in leaves] if as_it_stands else _join(kinds, stacked, leaves)
@@ -284,14 +286,18 @@ def _batch(
     return Batch(
         tuple(models),
         None if flat_base is None else joined[-1],
-        jnp.asarray(names),
-        jnp.asarray([depth for m in members for depth in depths[m.path]], jnp.float32),
+        names,
+        np.array([depth for m in members for depth in depths[m.path]], np.float32),
         {name: extras.get(name, ()) for name in leaf.extras},
         _as_data(starts, joined[0]),
         tuple(members),
         inputs,
         stacked,
     )
+
+
+def _array(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def _join_grams(
@@ -316,10 +322,10 @@ def _join_grams(
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices)
 
 
-def _as_data(starts: np.ndarray, array: jax.Array) -> tuple[jax.Array, ...]:
+def _as_data(starts: np.ndarray, array: jax.Array) -> tuple[Any, ...]:
     """Numbers that a compiler cannot fold, see `Batch.starts`."""
     if not isinstance(array, jax.core.Tracer) or len(starts) == 1:
-        return tuple(jnp.asarray(start) for start in starts)
+        return tuple(starts)
     # Inside a trace they come out of a branch whose condition, a bit that is set being zero, hangs
     # on data: 216 slices then compile as a few, in 0.4 s rather than 5.
     first = jax.lax.stop_gradient(array)[(0,) * array.ndim]
@@ -419,30 +425,92 @@ def _apply_batch(
     found: Mapping[str, Any],
 ) -> tuple[list[jax.Array], list[jax.Array] | None, jax.Array | None]:
     """The merged leaves; with per-task results also the masks [models, ...] and the factors."""
+    given = (chunk, values, found)
+    if not stacked:
+        merged, masks, factors = _apply_leaf(leaf, shapes[0], dtype, *given)
+        return [merged], masks if masks is None else [masks], factors
     axes = (0, 0 if per_tensor else None, 0)
+    if len(shapes) > 1 and chunk.size >= LARGE:
+        # Sliced before it is computed: a large result is then written once, where it belongs.
+        results = []
+        for shape, start in zip(shapes, starts, strict=True):
+            length = shape[1][0] if shape[2] else 1
+            one = _sliced(given, axes, start, length)
+            results.append(_apply_leaf(leaf, shape, dtype, *one, axes))
+    else:
+        # Sliced after: what is small compiles once for all.
+        merged = jax.vmap(leaf.apply, in_axes=axes)(*given).astype(dtype)
+        extra = None if leaf.per_task is None else jax.vmap(leaf.per_task, in_axes=axes)(*given)
+        results = []
+        for shape, start in zip(shapes, starts, strict=True):
+            length = shape[1][0] if shape[2] else 1
+            part, more = jax.tree.map(
+                functools.partial(
+                    jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length
+                ),
+                (merged, extra),
+            )
+            results.append(_restored(shape, part, more))
+    leaves, masks_, factors_ = zip(*results, strict=True)
+    return list(leaves), None if leaf.per_task is None else list(masks_), factors_[0]
 
-    def run(function: Callable[..., Any]) -> Any:
-        over = jax.vmap(function, in_axes=axes) if stacked else function
-        return over(chunk, values, found)
 
-    def leaves(merged: jax.Array) -> list[jax.Array]:
-        if not stacked:
-            transform, shape, _ = shapes[0]
-            return [_from_checkpoint(transform, shape, merged)]
-        parts = []
-        for (transform, shape, layered), start in zip(shapes, starts, strict=True):
-            length = shape[0] if layered else 1
-            part = jax.lax.dynamic_slice_in_dim(merged, start, length)
-            one = functools.partial(_from_checkpoint, transform, shape[1:] if layered else shape)
-            parts.append(jax.vmap(one)(part) if layered else one(part[0]))
-        return parts
+LARGE = 1 << 18
+"""Tensors of so many elements are computed one by one: compiling each costs less than writing its result twice."""
 
-    merged = leaves(run(leaf.apply).astype(dtype))
-    if leaf.per_task is None:
-        return merged, None, None
-    masks, factors = run(leaf.per_task)
-    masks = jax.vmap(leaves)(jnp.moveaxis(masks, 1, 0) if stacked else masks)
-    return merged, masks, factors[0] if stacked else factors
+
+def _sliced(given: Any, axes: tuple[int | None, ...], start: Any, length: int) -> Any:
+    def part(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, length)
+
+    return tuple(
+        one if axis is None else jax.tree.map(part, one)
+        for one, axis in zip(given, axes, strict=True)
+    )
+
+
+def _apply_leaf(
+    leaf: LeafMethod,
+    shape: tuple[Transform, tuple[int, ...], bool],
+    dtype: Any,
+    chunk: Chunk,
+    values: Any,
+    found: Any,
+    axes: tuple[int | None, ...] | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """One leaf's result and what its tasks take; with a leading axis on the arguments where `axes` says so."""
+    given = (chunk, values, found)
+    layered = shape[2]
+    if axes is not None and not layered:
+        given = tuple(
+            one if axis is None else jax.tree.map(lambda x: x[0], one)
+            for one, axis in zip(given, axes, strict=True)
+        )
+        axes = None
+    over = (lambda f: f) if axes is None else functools.partial(jax.vmap, in_axes=axes)
+    merged = over(leaf.apply)(*given).astype(dtype)
+    extra = None if leaf.per_task is None else over(leaf.per_task)(*given)
+    if axes is None:
+        merged, extra = jax.tree.map(lambda x: x[None], (merged, extra))
+    return _restored(shape, merged, extra)
+
+
+def _restored(
+    shape: tuple[Transform, tuple[int, ...], bool], merged: jax.Array, extra: Any
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Brings [tensors, ...] of one leaf, and its masks [tensors, models, ...], into the leaf's own form."""
+    transform, leaf_shape, layered = shape
+
+    def restore(array: jax.Array) -> jax.Array:
+        if not layered:
+            return _from_checkpoint(transform, leaf_shape, array[0])
+        one = functools.partial(_from_checkpoint, transform, leaf_shape[1:])
+        return jax.vmap(one)(array)
+
+    if extra is None:
+        return restore(merged), None, None
+    masks, factors = extra
+    return restore(merged), jax.vmap(restore)(jnp.moveaxis(masks, 1, 0)), factors[0]
 
 
 def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.Array) -> jax.Array:

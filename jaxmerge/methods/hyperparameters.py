@@ -152,12 +152,11 @@ def _leaf_values(
 
 
 def _as_leaf_value(spec: Hyperparameter, array: Any, size: int) -> Any:
-    value = array.astype(jnp.float32)
+    # What is concrete stays in NumPy: an eager merge hands these over for every tensor.
+    value = array.astype(np.float32)
     if spec.kind == "fraction":
-        return Fraction(jnp.asarray(value), jnp.asarray(count(array, size)))
-    if spec.kind == "index":
-        return jnp.asarray(value).astype(jnp.int32)
-    return jnp.asarray(value)
+        return Fraction(value, count(array, size))
+    return value.astype(np.int32) if spec.kind == "index" else value
 
 
 def _spread(array: Any, shape: tuple[int, ...]) -> Any:

@@ -1,6 +1,7 @@
 """Checks models before a merge: same tensors, same shapes, same kinds, enough of them."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def dtype_of(leaf: Any) -> Any:
 
 def leaf_size(leaf: Any) -> int:
     """Number of elements."""
-    return int(np.prod(np.shape(leaf), dtype=np.int64))
+    return math.prod(np.shape(leaf))
 
 
 def _check_same(

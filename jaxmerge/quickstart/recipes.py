@@ -10,10 +10,13 @@ from jaxmerge import methods
 from jaxmerge.converters import load_checkpoint
 from jaxmerge.quickstart.folder import QuickstartError, write_text
 from jaxmerge.recipes import Recipe, dump, make_plan, read, run
+from jaxmerge.recipes.dialect import MERGEKIT
 
 
 def fitting_methods(models: int) -> dict[str, int]:
-    """Every registered method that a recipe can run on the experts, and how many it takes.
+    """The methods that mergekit's recipes know and that fit the experts, and how many each takes.
+
+    Every registered method would take the quickstart minutes.
 
     Example:
       >>> found = fitting_methods(3)
@@ -21,10 +24,10 @@ def fitting_methods(models: int) -> dict[str, int]:
       (3, 2)
     """
     found = {}
-    for name in methods.names():
+    for name in sorted(MERGEKIT):
         method = methods.get(name)()
         low, high = method.models
-        if not method.extras and low <= models:
+        if low <= models:
             found[name] = models if high is None else min(models, high)
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
+from jaxmerge.methods import engine
 
 METHODS = jm.methods
 
@@ -184,3 +185,25 @@ def test_a_sweep_of_256_candidates_compiles_once_and_equals_256_merges() -> None
             alone = jm.merge(method, models, base=base, density=density[i], weight=weight[i])
             chex.assert_trees_all_close(swept[i], alone, rtol=1e-5, atol=1e-6)
         chex.clear_trace_counter()
+
+
+LARGE = (512, 512)
+
+
+@pytest.mark.parametrize("name", ["ties", "emr"])
+def test_large_tensors_are_computed_one_by_one_with_the_same_result(name: str) -> None:
+    """Single tensors and stacked layers of one large shape, in one batch, with values per block."""
+    assert np.prod(LARGE) >= engine.LARGE
+    keys = jax.random.split(jax.random.key(4), 3)
+    base, *models = (
+        {"layers": jax.random.normal(key, (2, *LARGE)), "a": jax.random.normal(key, LARGE) + 1}
+        for key in keys
+    )
+    layout = jm.tree.stacked_layout(base, {"layers": "layers.{layer}"})
+    scale = jm.tree.per_block([0.5, 2.0], {"a": "first", "**": "rest"})
+    method = jm.methods.get(name)(**({"scope": "tensor"} if name == "ties" else {}))
+    state = method.init(models, base, layout=layout)
+    assert len(state.batches) == 1
+    together = jax.jit(method.apply)(state, {"scale": scale})
+    apart = jm.merge(method, models, base=base, layout=layout, scale=scale)
+    chex.assert_trees_all_close(together, apart, rtol=1e-6, atol=1e-6)
