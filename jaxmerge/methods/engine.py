@@ -430,7 +430,7 @@ def _apply_batch(
         merged, masks, factors = _apply_leaf(leaf, shapes[0], dtype, *given)
         return [merged], masks if masks is None else [masks], factors
     axes = (0, 0 if per_tensor else None, 0)
-    if len(shapes) > 1 and chunk.size >= LARGE:
+    if len(shapes) > 1 and chunk.size >= LARGE and not leaf.random:
         # Sliced before it is computed: a large result is then written once, where it belongs.
         results = []
         for shape, start in zip(shapes, starts, strict=True):
@@ -456,7 +456,8 @@ def _apply_batch(
 
 
 LARGE = 1 << 18
-"""Tensors of so many elements are computed one by one: compiling each costs less than writing its result twice."""
+"""Tensors of so many elements are computed one by one: compiling each costs less than writing its result twice. Not
+so with random draws, whose programs are long."""
 
 
 def _sliced(given: Any, axes: tuple[int | None, ...], start: Any, length: int) -> Any:

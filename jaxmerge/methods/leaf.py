@@ -128,7 +128,6 @@ class Select(NamedTuple):
         tensor) may return arrays of another size than the chunk's.
       counts: (values, size) -> per model, a tuple of uint32 [] counts.
       scope: over one tensor, or over all tensors of the model (ties to the name that sorts first).
-      rowwise: whether `values` is not elementwise but needs whole rows.
       reads_found: whether `counts` takes what was measured before as a third argument.
 
     The result is, per model, a tuple of `Selection`, one per count.
@@ -138,7 +137,6 @@ class Select(NamedTuple):
     values: Callable[..., list[jax.Array]]
     counts: Callable[..., list[tuple[jax.Array, ...]]]
     scope: MeasureScope = "tensor"
-    rowwise: bool = False
     reads_found: bool = False
     of: str | None = None
 

@@ -517,7 +517,7 @@ def _spread(tree: Any, length: int) -> Any:
 
 
 def _value_at(one: Select, chunk: Chunk, local: Any, model: int, place: jax.Array) -> jax.Array:
-    if one.rowwise or one.of is not None:
+    if one.of is not None:
         return _pick(place, _values_of(one, chunk, local)[model])
     return one.values(_element(chunk, place))[model]
 

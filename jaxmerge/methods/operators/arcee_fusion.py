@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.hyperparameters import Hyperparameter
-from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Select, Values
+from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Select, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.registry import register
 
@@ -48,7 +48,10 @@ def arcee_fusion() -> MergeMethod:
         "arcee_fusion",
         _fuse,
         MappingProxyType(hyperparams),
-        (Select("quartiles", lambda chunk: [_importance(chunk)], _counts, rowwise=True),),
+        (
+            Local("importance", lambda chunk: [_importance(chunk)]),
+            Select("quartiles", lambda chunk, importance: importance, _counts, of="importance"),
+        ),
         models=(1, 1),
         cuts="rows",
     )
@@ -66,7 +69,8 @@ def _fuse(chunk: Chunk, values: Values, found: Found) -> jax.Array:
         for selections in found["quartiles"]
     ]
     (delta,) = chunk.deltas()
-    taken = _importance(chunk) >= middle + values["fence"] * (upper - lower)
+    (importance,) = found["importance"]
+    taken = importance >= middle + values["fence"] * (upper - lower)
     return chunk.with_base(jnp.where(taken, delta, 0.0))
 
 
