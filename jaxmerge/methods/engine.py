@@ -84,8 +84,8 @@ class Batch:
 
     def chunk(self, seed: jax.Array | None) -> Chunk:
         """The whole batch as a leaf function sees it, with a leading axis where it is stacked."""
-        offset = np.zeros(len(self.tensor_names) if self.stacked else (), np.uint32)
-        depth = self.depths if self.stacked else self.depths[0]
+        offset: Any = np.zeros(len(self.tensor_names) if self.stacked else (), np.uint32)
+        depth: Any = self.depths if self.stacked else self.depths[0]
         return Chunk(
             self.models,
             self.base,
@@ -436,7 +436,7 @@ def _apply_batch(
         for shape, start in zip(shapes, starts, strict=True):
             length = shape[1][0] if shape[2] else 1
             one = _sliced(given, axes, start, length)
-            results.append(_apply_leaf(leaf, shape, dtype, *one, axes))
+            results.append(_apply_leaf(leaf, shape, dtype, *one, axes=axes))
     else:
         # Sliced after: what is small compiles once for all.
         merged = jax.vmap(leaf.apply, in_axes=axes)(*given).astype(dtype)

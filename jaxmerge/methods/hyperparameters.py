@@ -155,7 +155,8 @@ def _as_leaf_value(spec: Hyperparameter, array: Any, size: int) -> Any:
     # What is concrete stays in NumPy: an eager merge hands these over for every tensor.
     value = array.astype(np.float32)
     if spec.kind == "fraction":
-        return Fraction(value, count(array, size))
+        kept: Any = count(array, size)
+        return Fraction(value, kept)
     return value.astype(np.int32) if spec.kind == "index" else value
 
 
