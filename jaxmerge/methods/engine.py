@@ -435,8 +435,8 @@ def _apply_batch(
         results = []
         for shape, start in zip(shapes, starts, strict=True):
             length = shape[1][0] if shape[2] else 1
-            one = _sliced(given, axes, start, length)
-            results.append(_apply_leaf(leaf, shape, dtype, *one, axes=axes))
+            part, mine, seen = _sliced(given, axes, start, length)
+            results.append(_apply_leaf(leaf, shape, dtype, part, mine, seen, axes))
     else:
         # Sliced after: what is small compiles once for all.
         merged = jax.vmap(leaf.apply, in_axes=axes)(*given).astype(dtype)
