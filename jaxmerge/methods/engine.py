@@ -425,34 +425,30 @@ def _apply_batch(
     found: Mapping[str, Any],
 ) -> tuple[list[jax.Array], list[jax.Array] | None, jax.Array | None]:
     """The merged leaves; with per-task results also the masks [models, ...] and the factors."""
-    given = (chunk, values, found)
+
+    def run(chunk: Chunk, values: Any, found: Any) -> tuple[jax.Array, Any]:
+        extra = None if leaf.per_task is None else leaf.per_task(chunk, values, found)
+        return leaf.apply(chunk, values, found).astype(dtype), extra
+
+    over = jax.vmap(run, in_axes=(0, 0 if per_tensor else None, 0))
     if not stacked:
-        merged, masks, factors = _apply_leaf(leaf, shapes[0], dtype, *given)
-        return [merged], masks if masks is None else [masks], factors
-    axes = (0, 0 if per_tensor else None, 0)
-    if len(shapes) > 1 and chunk.size >= LARGE and not leaf.random:
+        results = [_restored(shapes[0], *run(chunk, values, found))]
+    elif len(shapes) > 1 and chunk.size >= LARGE and not leaf.random:
         # Sliced before it is computed: a large result is then written once, where it belongs.
         results = []
         for shape, start in zip(shapes, starts, strict=True):
-            length = shape[1][0] if shape[2] else 1
-            part, mine, seen = _sliced(given, axes, start, length)
-            results.append(_apply_leaf(leaf, shape, dtype, part, mine, seen, axes))
+            mine, seen = _share(shape, start, (chunk, found))
+            given = _share(shape, start, values) if per_tensor else values
+            results.append(_restored(shape, *(over if shape[2] else run)(mine, given, seen)))
     else:
         # Sliced after: what is small compiles once for all.
-        merged = jax.vmap(leaf.apply, in_axes=axes)(*given).astype(dtype)
-        extra = None if leaf.per_task is None else jax.vmap(leaf.per_task, in_axes=axes)(*given)
-        results = []
-        for shape, start in zip(shapes, starts, strict=True):
-            length = shape[1][0] if shape[2] else 1
-            part, more = jax.tree.map(
-                functools.partial(
-                    jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=length
-                ),
-                (merged, extra),
-            )
-            results.append(_restored(shape, part, more))
-    leaves, masks_, factors_ = zip(*results, strict=True)
-    return list(leaves), None if leaf.per_task is None else list(masks_), factors_[0]
+        whole = over(chunk, values, found)
+        results = [
+            _restored(shape, *_share(shape, start, whole))
+            for shape, start in zip(shapes, starts, strict=True)
+        ]
+    leaves, masks, factors = zip(*results, strict=True)
+    return list(leaves), None if leaf.per_task is None else list(masks), factors[0]
 
 
 LARGE = 1 << 18
@@ -460,58 +456,27 @@ LARGE = 1 << 18
 so with random draws, whose programs are long."""
 
 
-def _sliced(given: Any, axes: tuple[int | None, ...], start: Any, length: int) -> Any:
-    def part(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, length)
-
-    return tuple(
-        one if axis is None else jax.tree.map(part, one)
-        for one, axis in zip(given, axes, strict=True)
-    )
-
-
-def _apply_leaf(
-    leaf: LeafMethod,
-    shape: tuple[Transform, tuple[int, ...], bool],
-    dtype: Any,
-    chunk: Chunk,
-    values: Any,
-    found: Any,
-    axes: tuple[int | None, ...] | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """One leaf's result and what its tasks take; with a leading axis on the arguments where `axes` says so."""
-    given = (chunk, values, found)
-    layered = shape[2]
-    if axes is not None and not layered:
-        given = tuple(
-            one if axis is None else jax.tree.map(lambda x: x[0], one)
-            for one, axis in zip(given, axes, strict=True)
-        )
-        axes = None
-    over = (lambda f: f) if axes is None else functools.partial(jax.vmap, in_axes=axes)
-    merged = over(leaf.apply)(*given).astype(dtype)
-    extra = None if leaf.per_task is None else over(leaf.per_task)(*given)
-    if axes is None:
-        merged, extra = jax.tree.map(lambda x: x[None], (merged, extra))
-    return _restored(shape, merged, extra)
+def _share(shape: tuple[Transform, tuple[int, ...], bool], start: Any, stacked: Any) -> Any:
+    """One leaf's part of arrays with a leading axis over the batch; without the axis where it is one tensor."""
+    _, leaf_shape, layered = shape
+    length = leaf_shape[0] if layered else 1
+    part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), stacked)
+    return part if layered else jax.tree.map(lambda x: x[0], part)
 
 
 def _restored(
     shape: tuple[Transform, tuple[int, ...], bool], merged: jax.Array, extra: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Brings [tensors, ...] of one leaf, and its masks [tensors, models, ...], into the leaf's own form."""
+    """Brings one leaf, and its masks, from the checkpoint's form into its own."""
     transform, leaf_shape, layered = shape
-
-    def restore(array: jax.Array) -> jax.Array:
-        if not layered:
-            return _from_checkpoint(transform, leaf_shape, array[0])
-        one = functools.partial(_from_checkpoint, transform, leaf_shape[1:])
-        return jax.vmap(one)(array)
-
+    one = functools.partial(_from_checkpoint, transform, leaf_shape[1:] if layered else leaf_shape)
+    restore = jax.vmap(one) if layered else one
     if extra is None:
         return restore(merged), None, None
     masks, factors = extra
-    return restore(merged), jax.vmap(restore)(jnp.moveaxis(masks, 1, 0)), factors[0]
+    if layered:
+        masks, factors = jnp.moveaxis(masks, 1, 0), factors[0]
+    return restore(merged), jax.vmap(restore)(masks), factors
 
 
 def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.Array) -> jax.Array:

@@ -47,6 +47,10 @@ class MergeMethod:
     leaf: LeafMethod | None = None
     family: Any = field(default=None, repr=False)
 
+    def params_of(self, result: Any) -> Any:
+        """The merged parameters in what `apply` returned."""
+        return result[0] if self.per_task else result
+
 
 def from_leaf(leaf: LeafMethod, *, summary: str, family: Any = None) -> MergeMethod:
     """Builds a `MergeMethod` over any pytree from a method for one tensor.

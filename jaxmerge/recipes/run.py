@@ -95,7 +95,7 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             dtype=plan.resolved.written_dtype,
             **hyperparameters,
         )
-    merged = merged[0] if method.per_task else merged
+    merged = method.params_of(merged)
     for tensor in plan.tensors:
         yield tensor.name, _stored(merged[tensor.tied_to or tensor.name], tensor)
 
@@ -132,7 +132,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
                     dtype=storage_dtype(tensor.dtype),
                     **hyperparameters,
                 )
-            merged = merged[0] if method.per_task else merged
+            merged = method.params_of(merged)
             yield tensor.name, _stored(merged[name], tensor)
 
 

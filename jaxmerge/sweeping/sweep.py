@@ -147,8 +147,8 @@ class _Runner:
         return self._result(parts, size, True)
 
     def _candidate(self, state: Any, row: Mapping[str, Any], key: Any) -> dict[str, Any]:
-        merged = self.method.apply(state, {**self.grid.fixed, **row}, key)
-        merged = merged[0] if self.method.per_task else merged
+        result = self.method.apply(state, {**self.grid.fixed, **row}, key)
+        merged = self.method.params_of(result)
         return {t.name: merged[t.tied_to or t.name] for t in self.plan.tensors}
 
     def _score(self, merged: dict[str, Any], groups: Any) -> jax.Array:
