@@ -20,7 +20,7 @@ from jaxmerge.recipes.output import is_unfinished, output_problems
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.resolve import Resolved, resolve
 from jaxmerge.recipes.schema import Recipe
-from jaxmerge.tree import nearest
+from jaxmerge.tree import depths, nearest
 
 _LISTED = 5
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -52,26 +52,95 @@ class PlannedSource:
 
 
 @dataclass(frozen=True)
+class AdapterTerm:
+    """A low-rank term that is added to a tensor as it is read: `scale * B @ A`.
+
+    Attributes:
+        source: index into the plan's sources of the adapter.
+        a: the adapter's name of A, [rank, in].
+        b: the adapter's name of B, [out, rank].
+        scale: the factor.
+    """
+
+    source: int
+    a: str
+    b: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """A tensor as one source gives it.
+
+    Attributes:
+        source: index into the plan's sources.
+        name: its name there; layer numbers may differ from the output's.
+        shape: its shape as the merge sees it, after rows are mapped.
+        dtype: its dtype as stored.
+        rows: index into the plan's row maps for rows that are put in another order or filled, or None.
+        adapters: terms that are added to it.
+    """
+
+    source: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: int | None = None
+    adapters: tuple[AdapterTerm, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """A method with everything static.
+
+    Attributes:
+        method: the merge method with its options.
+        options: all its static options.
+    """
+
+    method: MergeMethod
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the output.
 
     Attributes:
-        name: its name in every source.
-        shape: its shape in every source.
-        source_dtypes: its dtype in each of the plan's sources.
+        name: its name in the output; for random draws its identity, unless it is tied.
+        shape: its shape.
         dtype: its dtype in the output.
-        action: "merge", or "carry" over from the donor (integers, booleans, empty tensors).
         nbytes: its size in the output.
-        tied_to: the name whose tensor this is too; None for a tensor of its own.
+        tied_to: the name whose tensor this is too, inputs and all; None for a tensor of its own.
+        action: "merge", or "carry" over the one input (integers, booleans, empty tensors).
+        merge: index into the plan's merges; of no meaning for a tensor that is carried over.
+        models: what is merged, in the order of the hyperparameters' lists.
+        base: what the method gets as its base, or None.
+        hyperparameters: of this tensor: numbers, or tuples of one per model.
+        depth: how deep it lies in the output, from 0 to 1.
     """
 
     name: str
     shape: tuple[int, ...]
-    source_dtypes: tuple[str, ...]
     dtype: str
-    action: Literal["merge", "carry"]
     nbytes: int
-    tied_to: str | None = None
+    tied_to: str | None
+    action: Literal["merge", "carry"]
+    merge: int
+    models: tuple[PlannedInput, ...]
+    base: PlannedInput | None
+    hyperparameters: Mapping[str, float | tuple[float, ...]]
+    depth: float
+
+    @property
+    def inputs(self) -> tuple[PlannedInput, ...]:
+        """The base, if there is one, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def identity(self) -> str:
+        """The name that random draws follow."""
+        return self.tied_to or self.name
 
 
 @dataclass(frozen=True)
@@ -83,6 +152,7 @@ class Plan:
         sources: each checkpoint once, the donor first.
         models: index into `sources` of each model to merge, in order.
         base: index into `sources` of the base, or None.
+        merges: what tensors are merged with.
         tensors: the output, in the donor's order.
         ties: groups of names that all sources tie, and the output ties again.
         bytes_read: from all sources.
@@ -94,12 +164,14 @@ class Plan:
         output: where it will be written, or None.
         resumes: whether the output folder holds an unfinished run of this very plan.
         notes: remarks for the user.
+        row_maps: how rows of embeddings are mapped, see `PlannedInput.rows`.
     """
 
     resolved: Resolved
     sources: tuple[PlannedSource, ...]
     models: tuple[int, ...]
     base: int | None
+    merges: tuple[PlannedMerge, ...]
     tensors: tuple[PlannedTensor, ...]
     ties: tuple[tuple[str, ...], ...]
     bytes_read: int
@@ -110,6 +182,7 @@ class Plan:
     output: Path | None
     resumes: bool
     notes: tuple[str, ...]
+    row_maps: tuple[Any, ...] = ()
 
     def describe(self) -> list[dict[str, str]]:
         """Returns a row of text per tensor: tensor, shape, from, to, action."""
@@ -117,7 +190,7 @@ class Plan:
             {
                 "tensor": tensor.name,
                 "shape": "x".join(map(str, tensor.shape)) or "scalar",
-                "from": ", ".join(dict.fromkeys(tensor.source_dtypes)),
+                "from": ", ".join(dict.fromkeys(one.dtype for one in tensor.inputs)),
                 "to": tensor.dtype,
                 "action": f"tied to {tensor.tied_to}" if tensor.tied_to else tensor.action,
             }
@@ -144,6 +217,10 @@ class Plan:
             ],
             "models": list(self.models),
             "base": self.base,
+            "merges": [
+                {"method": merge.method.name, "options": dict(merge.options)}
+                for merge in self.merges
+            ],
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -191,7 +268,10 @@ def make_plan(
         raise PlanError(planner.problems)
     sources = tuple(planner.sources)
     ties = _common_ties(sources, planner.notes)
-    tensors = _tensors(resolved, sources, ties)
+    models = tuple(positions[1:] if resolved.base else positions)
+    base = positions[0] if resolved.base else None
+    tensors = _tensors(resolved, sources, models, base, ties)
+    merges = (PlannedMerge(resolved.method, resolved.options),)
     fingerprint = _fingerprint(resolved, sources, seed)
     written = _bytes_written(tensors, output)
     if output is not None:
@@ -209,13 +289,14 @@ def make_plan(
     return Plan(
         resolved=resolved,
         sources=sources,
-        models=tuple(positions[1:] if resolved.base else positions),
-        base=positions[0] if resolved.base else None,
+        models=models,
+        base=base,
+        merges=merges,
         tensors=tensors,
         ties=ties,
         bytes_read=sum(source.nbytes for source in sources),
         bytes_written=written,
-        memory=memory_needed(tensors, sources, whole_model=measures_whole_model(resolved.method)),
+        memory=memory_needed(tensors, sources, whole_model=any(map(measures_whole_model, merges))),
         seed=seed,
         fingerprint=fingerprint,
         output=output,
@@ -232,7 +313,7 @@ def memory_needed(
 ) -> int:
     """Returns the bytes that merging takes.
 
-    For a tensor of n elements from S sources: the sources as stored, S float32 copies, two more
+    For a tensor of n elements from S inputs: the inputs as stored, S float32 copies, two more
     for the result and for scratch (8 n), and the output as stored:
 
         sum_s bytes_s + 4 n (S + 2) + bytes_out
@@ -247,16 +328,17 @@ def memory_needed(
     """
     needed = [0]
     for tensor in tensors:
-        stored = sum(source.tensors[tensor.name].nbytes for source in sources)
+        inputs = set(tensor.inputs)
+        stored = sum(sources[one.source].tensors[one.name].nbytes for one in inputs)
         if tensor.action == "merge":
-            stored += 4 * math.prod(tensor.shape) * (len(sources) + 2)
+            stored += 4 * math.prod(tensor.shape) * (len(inputs) + 2)
         needed.append(stored + tensor.nbytes)
     return sum(needed) if whole_model else max(needed)
 
 
-def measures_whole_model(method: MergeMethod) -> bool:
+def measures_whole_model(merge: PlannedMerge) -> bool:
     """Whether a method measures all tensors before it merges the first one."""
-    leaf = method.leaf
+    leaf = merge.method.leaf
     return leaf is None or any(measure.scope == "model" for measure in leaf.measures)
 
 
@@ -399,11 +481,23 @@ class _Planner:
 
 
 def _tensors(
-    resolved: Resolved, sources: Sequence[PlannedSource], ties: Sequence[tuple[str, ...]]
+    resolved: Resolved,
+    sources: Sequence[PlannedSource],
+    models: Sequence[int],
+    base: int | None,
+    ties: Sequence[tuple[str, ...]],
 ) -> tuple[PlannedTensor, ...]:
     tied_to = {name: group[0] for group in ties for name in group[1:]}
+    depth = depths(sources[0].tensors)
+    hyperparameters = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in resolved.hyperparameters.items()
+    }
     tensors = []
     for name, info in sources[0].tensors.items():
+        # A tied name has the values of the name that it is tied to.
+        stored = [source.tensors[tied_to.get(name, name)] for source in sources]
+        given = [PlannedInput(i, one.name, one.shape, one.dtype) for i, one in enumerate(stored)]
         size = math.prod(info.shape)
         merged = _kind(info.dtype) == "float" and size > 0
         dtype = (merged and resolved.written_dtype) or info.dtype
@@ -411,11 +505,15 @@ def _tensors(
             PlannedTensor(
                 name=name,
                 shape=info.shape,
-                source_dtypes=tuple(source.tensors[name].dtype for source in sources),
                 dtype=dtype,
-                action="merge" if merged else "carry",
                 nbytes=info.nbytes if dtype == info.dtype else size * _ITEMSIZE[dtype],
                 tied_to=tied_to.get(name),
+                action="merge" if merged else "carry",
+                merge=0,
+                models=tuple(given[i] for i in models) if merged else (given[0],),
+                base=given[base] if merged and base is not None else None,
+                hyperparameters=hyperparameters if merged else {},
+                depth=depth[name],
             )
         )
     return tuple(tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +25,9 @@ from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods import merge
 from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.output import UNFINISHED, is_file, mark_unfinished, unmark
-from jaxmerge.recipes.plan import Plan, PlannedTensor, measures_whole_model
+from jaxmerge.recipes.plan import Plan, PlannedInput, PlannedTensor, measures_whole_model
 from jaxmerge.recipes.provenance import write_provenance
-from jaxmerge.tree import Layout, TensorLayout, depths
+from jaxmerge.tree import Layout, TensorLayout
 
 Progress = Callable[[str, int, int], None]
 Format = Literal["safetensors", "torch"]
@@ -55,7 +55,7 @@ def run(plan: Plan, *, format: Format | None = None, progress: Progress | None =
         raise PlanError(["the plan has no output: give make_plan(..., out=...)"])
     _check_unchanged(plan)
     with _output(plan) as target:
-        at_once = measures_whole_model(plan.resolved.method)
+        at_once = any(map(measures_whole_model, plan.merges))
         merged = _merge_in_memory(plan) if at_once else _merge_by_tensor(plan)
         _write(plan, target, _reported(merged, plan, progress), format)
         if not is_file(plan.output):
@@ -103,32 +103,30 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
 def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """One tensor at a time; memory holds one tensor of every source."""
     key = jax.random.key(plan.seed)
-    # A tensor by itself does not tell how deep it lies in its model.
-    depth = depths(tensor.name for tensor in plan.tensors)
     with contextlib.ExitStack() as stack:
         checkpoints = [
             stack.enter_context(open_checkpoint(source.path, key=source.key))
             for source in plan.sources
         ]
-        method = plan.resolved.method
+
+        def read(one: PlannedInput) -> np.ndarray:
+            return _read(checkpoints[one.source], one.name, plan.sources[one.source].name)
+
         for tensor in plan.tensors:
-            # A tied name has the values of the name that it is tied to, and so its identity.
-            name = tensor.tied_to or tensor.name
-            arrays = [
-                _read(checkpoint, name, source.name)
-                for checkpoint, source in zip(checkpoints, plan.sources, strict=True)
-            ]
             if tensor.action == "carry":
-                yield tensor.name, arrays[0]
+                yield tensor.name, read(tensor.models[0])
                 continue
-            hyperparameters: dict[str, Any] = plan.resolved.hyperparameters_for(name)
+            # A tied name has the values of the name that it is tied to, and so its identity.
+            name = tensor.identity
+            method = plan.merges[tensor.merge].method
+            hyperparameters: dict[str, Any] = dict(tensor.hyperparameters)
             with _wide_enough([tensor]):
                 merged = merge(
                     method,
-                    [{name: arrays[i]} for i in plan.models],
-                    base=None if plan.base is None else {name: arrays[plan.base]},
+                    [{name: read(model)} for model in tensor.models],
+                    base=None if tensor.base is None else {name: read(tensor.base)},
                     key=key,
-                    layout=Layout({name: TensorLayout((name,), depths=(depth[name],))}),
+                    layout=Layout({name: TensorLayout((name,), depths=(tensor.depth,))}),
                     dtype=storage_dtype(tensor.dtype),
                     **hyperparameters,
                 )
@@ -136,9 +134,9 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             yield tensor.name, _stored(merged[name], tensor)
 
 
-def _wide_enough(tensors: Any) -> contextlib.AbstractContextManager[Any]:
+def _wide_enough(tensors: Iterable[PlannedTensor]) -> contextlib.AbstractContextManager[Any]:
     """Float64 tensors are merged in float64."""
-    wide = any("float64" in tensor.source_dtypes for tensor in tensors)
+    wide = any(one.dtype == "float64" for tensor in tensors for one in tensor.inputs)
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 

@@ -97,7 +97,7 @@ def sweep(
         raise ValueError(f"--batch is 1 or more, found {batch}")
     _check_memory(plan)
     models, base = load_sources(plan)
-    wide = any("float64" in tensor.source_dtypes for tensor in plan.tensors)
+    wide = any(one.dtype == "float64" for tensor in plan.tensors for one in tensor.inputs)
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         runner = _Runner(grid, plan, models, base, evaluate)
         return runner.run(batch, progress)

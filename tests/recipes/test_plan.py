@@ -122,7 +122,7 @@ def test_a_checkpoint_named_twice_is_one_source(folder: Path) -> None:
 def test_other_float_dtypes_are_noted(folder: Path) -> None:
     replace(folder, "a", lambda t: t.update({"fc1.weight": np.ones((4, 3), np.float16)}))
     made = plan()
-    assert made.tensors[0].source_dtypes == ("float32", "float16", "float32")
+    assert [one.dtype for one in made.tensors[0].inputs] == ["float32", "float16", "float32"]
     assert made.tensors[0].dtype == "float32"
     assert "'fc1.weight': float16, float32" in made.notes[0]
 
@@ -344,7 +344,9 @@ def test_plan_as_json(folder: Path) -> None:
     data = json.loads(made.to_json())
     assert data["fingerprint"] == made.fingerprint
     assert data["recipe"]["hyperparameters"]["density"] == 1.0
-    assert data["tensors"][0]["source_dtypes"] == ["float32"] * 3
+    assert data["merges"] == [{"method": "ties", "options": dict(made.resolved.options)}]
+    assert data["tensors"][0]["models"][1]["source"] == 2
+    assert data["tensors"][0]["hyperparameters"]["weight"] == 1.0
     assert made.describe()[0] == {
         "tensor": "fc1.weight",
         "shape": "4x3",
