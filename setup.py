@@ -2,4 +2,9 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["jaxmerge", "jaxmerge.*"]), "jaxmerge.converters"])
+setup(
+    packages=[
+        *find_packages(include=["jaxmerge", "jaxmerge.*"]),
+        *(f"jaxmerge.{name}" for name in find_packages(include=["converters", "converters.*"])),
+    ]
+)

@@ -1,4 +1,7 @@
-"""Checkpoints in and out: safetensors and PyTorch files, as flat dicts of arrays."""
+"""Checkpoints in and out: safetensors and PyTorch files, as flat dicts of arrays or as Flax models."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxmerge.converters.address import split_key
 from jaxmerge.converters.checkpoint import load_checkpoint, open_checkpoint
@@ -10,15 +13,40 @@ from jaxmerge.converters.saving import save_checkpoint
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.converters.writer import CheckpointWriter
 
+if TYPE_CHECKING:
+    from jaxmerge.converters import families
+    from jaxmerge.converters.model_config import ModelConfig
+    from jaxmerge.converters.model_loading import load_model
+    from jaxmerge.converters.model_saving import save_model
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "ModelConfig",
     "TensorInfo",
+    "families",
     "load_checkpoint",
+    "load_model",
     "non_finite",
     "open_checkpoint",
     "refuse_quantised",
     "save_checkpoint",
+    "save_model",
     "split_key",
 ]
+
+# Loaded at first use: reading and writing tensors needs no Flax.
+_MODELS = {
+    "ModelConfig": "model_config",
+    "load_model": "model_loading",
+    "save_model": "model_saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "families":
+        return importlib.import_module("jaxmerge.converters.families")
+    if name in _MODELS:
+        return getattr(importlib.import_module(f"jaxmerge.converters.{_MODELS[name]}"), name)
+    raise AttributeError(f"module 'jaxmerge.converters' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge._version import __version__
 
 if TYPE_CHECKING:
-    from jaxmerge import fusion, learning, methods, statistics, tree
+    from jaxmerge import fusion, learning, methods, models, statistics, tree
     from jaxmerge.methods import MergeMethod, merge
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "learning",
     "merge",
     "methods",
+    "models",
     "statistics",
     "tree",
 ]
@@ -27,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use: the command line answers `--help` without waiting for JAX.
-    if name in ("fusion", "learning", "methods", "statistics", "tree"):
+    if name in ("fusion", "learning", "methods", "models", "statistics", "tree"):
         return importlib.import_module(f"jaxmerge.{name}")
     if name in ("MergeMethod", "merge"):
         return getattr(importlib.import_module("jaxmerge.methods"), name)

@@ -1,0 +1,48 @@
+"""The layouts of checkpoints that jaxmerge has Flax models for."""
+
+from __future__ import annotations
+
+from jaxmerge.converters.errors import CheckpointError, nearest
+from jaxmerge.converters.families import mlp
+from jaxmerge.converters.families.family import ApplyFn, Family
+from jaxmerge.converters.families.rules import Rule, Transform, as_is, convolution, linear
+
+__all__ = [
+    "FAMILIES",
+    "ApplyFn",
+    "Family",
+    "Rule",
+    "Transform",
+    "as_is",
+    "convolution",
+    "get",
+    "linear",
+    "names",
+]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (mlp.MLP_SEQUENTIAL, mlp.MLP_LAYERS, mlp.MLP_FC)
+}
+
+
+def names() -> list[str]:
+    """The names of all families."""
+    return list(FAMILIES)
+
+
+def get(name: str) -> Family:
+    """Returns a family by its name.
+
+    Raises:
+      CheckpointError: no such family; the message has the nearest name.
+
+    Example:
+      >>> get("mlp_fc").name
+      'mlp_fc'
+    """
+    try:
+        return FAMILIES[name]
+    except KeyError:
+        raise CheckpointError(
+            f"no family {name!r}.{nearest(name, FAMILIES)} Families: {', '.join(FAMILIES)}"
+        ) from None

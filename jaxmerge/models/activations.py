@@ -1,0 +1,25 @@
+"""Activation functions by the names that configurations give them."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import flax.linen as nn
+import jax
+
+Activation = Callable[[jax.Array], jax.Array]
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "relu": nn.relu,
+        "relu6": nn.relu6,
+        "elu": nn.elu,
+        "celu": nn.celu,
+        "gelu": partial(nn.gelu, approximate=False),
+        "gelu_tanh": partial(nn.gelu, approximate=True),
+        "silu": nn.silu,
+        "tanh": nn.tanh,
+        "sigmoid": nn.sigmoid,
+    }
+)
+"""As PyTorch computes them: "gelu" is the exact one, "gelu_tanh" its approximation."""
