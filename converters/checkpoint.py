@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmerge.converters import folder
 from jaxmerge.converters.errors import CheckpointError
+from jaxmerge.converters.gguf_reader import GgufCheckpoint
 from jaxmerge.converters.reader import Checkpoint
 from jaxmerge.converters.safetensors_reader import SafetensorsCheckpoint
 from jaxmerge.converters.torch_reader import TorchCheckpoint
@@ -17,8 +18,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     """Opens a checkpoint without reading its tensors.
 
     Args:
-      path: a file (`.safetensors`, `.pt`, `.pth`, `.bin`, `.tar`, `.ckpt`), an index file, or a
-        folder with `model.safetensors`, with shards and their index, or with `pytorch_model.bin`.
+      path: a file (`.safetensors`, `.gguf`, `.pt`, `.pth`, `.bin`, `.tar`, `.ckpt`), an index file,
+        or a folder with `model.safetensors`, with shards and their index, with `pytorch_model.bin`,
+        or with one GGUF file. GGUF tensors are dequantised, in Hugging Face's names and order.
       key: where the state dict stands in a PyTorch file, such as "model.state_dict". Without it
         the file's top level is taken if it holds tensors, else the one state dict inside that
         stands out; `Checkpoint.key` says which.
@@ -28,7 +30,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
 
     Raises:
       CheckpointError: nothing there, a broken or hostile file, no state dict or several, or a
-        PyTorch file where torch is not installed.
+        PyTorch or GGUF file where torch or gguf is not installed.
 
     Example:
       >>> import os, tempfile
@@ -42,13 +44,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     path = os.fspath(path)
     location = folder.locate(path)
     checkpoint: Checkpoint
+    if location.format != "torch" and key is not None:
+        raise CheckpointError(
+            f"{path}: key {key!r} selects a state dict inside a PyTorch file; {location.format} "
+            "files are flat"
+        )
     if location.format == "safetensors":
-        if key is not None:
-            raise CheckpointError(
-                f"{path}: key {key!r} selects a state dict inside a PyTorch file; safetensors "
-                "files are flat"
-            )
         checkpoint = SafetensorsCheckpoint.open(path, location.files)
+    elif location.format == "gguf":
+        checkpoint = GgufCheckpoint.open(path, location.files)
     else:
         checkpoint = TorchCheckpoint.open(path, location.files, key)
     try:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jaxmerge.converters.errors import CheckpointError
 
 SAFETENSORS_SUFFIX = ".safetensors"
+GGUF_SUFFIX = ".gguf"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
@@ -18,13 +19,14 @@ INDEX_SUFFIX = ".index.json"
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)$")
 # Far above any index (DeepSeek-V3 with 90,000 tensors has 9 MB), far below memory.
 _LARGEST_INDEX = 256_000_000
+_MOST_PARTS = 9_999
 
 
 class Location(NamedTuple):
     """The files behind a checkpoint path.
 
     Attributes:
-      format: "safetensors" or "torch".
+      format: "safetensors", "torch" or "gguf".
       files: the files, in the order of their shards.
       weight_map: what the index says, name -> file; None without an index.
     """
@@ -39,7 +41,7 @@ def locate(path: str) -> Location:
 
     A folder is searched in this order: `model.safetensors`; `model.safetensors.index.json` or the
     only other `*.safetensors.index.json`; all `*.safetensors`; `pytorch_model.bin`;
-    `pytorch_model.bin.index.json`.
+    `pytorch_model.bin.index.json`; the only GGUF file. Of a GGUF file that was split, any part stands for all.
 
     Args:
       path: a file, an index file or a folder.
@@ -60,6 +62,8 @@ def locate(path: str) -> Location:
         return Location("safetensors", (path,))
     if path.endswith(TORCH_SUFFIXES):
         return Location("torch", (path,))
+    if path.endswith(GGUF_SUFFIX):
+        return Location("gguf", _parts(path))
     if path.endswith(INDEX_SUFFIX):
         form = "safetensors" if SAFETENSORS_SUFFIX in os.path.basename(path) else "torch"
         return _from_index(path, form)
@@ -122,6 +126,12 @@ def _in_folder(folder: str) -> Location:
     index = _only_index(folder, names, ".bin" + INDEX_SUFFIX, TORCH_NAME)
     if index is not None:
         return _from_index(os.path.join(folder, index), "torch")
+    sets = sorted({_parts(os.path.join(folder, name)) for name in _gguf_names(folder)})
+    if len(sets) > 1:
+        some = ", ".join(os.path.basename(parts[0]) for parts in sets)
+        raise CheckpointError(f"{folder}: several GGUF files, name one of them: {some}")
+    if sets:
+        return Location("gguf", sets[0])
     raise CheckpointError(f"{folder}: {_nothing_found(folder)}")
 
 
@@ -132,6 +142,31 @@ def _only_index(folder: str, names: list[str], suffix: str, usual: str) -> str |
     if len(found) > 1:
         raise CheckpointError(f"{folder}: several indexes, name one of them: {', '.join(found)}")
     return found[0] if found else None
+
+
+def _gguf_names(folder: str) -> list[str]:
+    return [
+        name
+        for name in os.listdir(folder)
+        if name.endswith(GGUF_SUFFIX) and not name.startswith(".")
+    ]
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """All parts of a split GGUF file, of which one is named; a file that was not split alone."""
+    folder, name = os.path.split(path)
+    match = _SHARD.match(name)
+    if match is None or not 0 < int(match["number"]) <= int(match["count"]) <= _MOST_PARTS:
+        return (path,)
+    width = len(match["number"])
+    parts = [
+        os.path.join(folder, f"{match['stem']}-{number:0{width}}-of-{match['count']}{GGUF_SUFFIX}")
+        for number in range(1, int(match["count"]) + 1)
+    ]
+    missing = next((part for part in parts if not os.path.exists(part)), None)
+    if missing is not None:
+        raise CheckpointError(f"{path}: part {os.path.basename(missing)} is missing")
+    return tuple(parts)
 
 
 def _nothing_found(folder: str) -> str:
@@ -211,7 +246,9 @@ def _sniffed(path: str) -> str:
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
+    if start.startswith(b"GGUF"):
+        return "gguf"
     raise CheckpointError(
-        f"{path}: not a checkpoint: expected a safetensors file or a PyTorch file "
+        f"{path}: not a checkpoint: expected a safetensors file, a GGUF file or a PyTorch file "
         f"({', '.join(TORCH_SUFFIXES)})"
     )

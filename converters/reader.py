@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,13 +22,14 @@ class Checkpoint(abc.ABC):
 
     Attributes:
       path: the file or folder that was opened.
-      format: "safetensors" or "torch".
+      format: "safetensors", "torch" or "gguf".
       tensors: name -> `TensorInfo`, in the order of the file (shard after shard).
       metadata: the file's own text entries, exactly; of a sharded checkpoint, those of all shards,
         the first shard winning where two disagree. PyTorch files have none.
       ties: groups of names that are one tensor.
       key: where in a PyTorch file the state dict was found; None for the top level.
       skipped: entries of the state dict that are not tensors: name -> what they are.
+      config: what `config.json` would say of the model, where the file itself says it (GGUF); else None.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Checkpoint(abc.ABC):
         ties: Sequence[tuple[str, ...]] = (),
         key: str | None = None,
         skipped: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.tensors = dict(tensors)
@@ -49,6 +51,7 @@ class Checkpoint(abc.ABC):
         self.ties = list(ties)
         self.key = key
         self.skipped = dict(skipped or {})
+        self.config = None if config is None else dict(config)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor.

@@ -1,4 +1,4 @@
-"""Everything but PyTorch files works where torch is not installed."""
+"""What needs no optional package works without it; what does says which extra is missing."""
 
 import subprocess
 import sys
@@ -42,3 +42,11 @@ def test_importing_and_reading_safetensors_never_imports_torch(tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "m.safetensors")], check=True)
+
+
+def test_gguf_files_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + bytes(16))
+    with pytest.raises(CheckpointError, match=r"m.gguf: GGUF.*pip install 'jaxmerge\[gguf\]'"):
+        open_checkpoint(path)
