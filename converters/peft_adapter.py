@@ -191,7 +191,7 @@ def fit(update: LowRankUpdate, shape: tuple[int, ...], *, where: str) -> LowRank
 
 
 def delta(
-    update: LowRankUpdate, a: np.ndarray, b: np.ndarray, start: int = 0, stop: int | None = None
+    update: LowRankUpdate, a: np.ndarray, b: np.ndarray, rows: slice | np.ndarray = slice(None)
 ) -> np.ndarray:
     """Computes rows of an update: s B A, or its transpose.
 
@@ -199,22 +199,20 @@ def delta(
       update: the update.
       a: A as stored.
       b: B as stored.
-      start: first row of the tensor that is changed.
-      stop: one past the last row; None: all.
+      rows: which rows of the tensor that is changed: a slice, or an array of numbers.
 
     Returns:
-      float32 `[stop - start, ...]`.
+      float32 `[rows, ...]`.
 
     Example:
       >>> update = LowRankUpdate("w", "a", "b", 1, 2.0, False, None, (2, 3))
-      >>> delta(update, np.ones((1, 3)), np.array([[1.0], [2.0]]), 1)
+      >>> delta(update, np.ones((1, 3)), np.array([[1.0], [2.0]]), slice(1, 2))
       array([[4., 4., 4.]], dtype=float32)
     """
     down = a.astype(np.float32).reshape(update.rank, -1)
     up = b.astype(np.float32).reshape(-1, update.rank)
     left, right = (down.T, up.T) if update.transposed else (up, down)
-    rows = (left[start:stop] @ right) * np.float32(update.scale)
-    return rows.reshape(-1, *update.shape[1:])
+    return ((left[rows] @ right) * np.float32(update.scale)).reshape(-1, *update.shape[1:])
 
 
 class _Scaling:

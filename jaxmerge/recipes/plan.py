@@ -15,7 +15,9 @@ from jaxmerge._version import __version__
 from jaxmerge.converters import CheckpointError, TensorInfo, open_checkpoint, refuse_quantised
 from jaxmerge.converters.folder import TORCH_SUFFIXES
 from jaxmerge.methods import MergeMethod
+from jaxmerge.recipes.adapters import AdapterTerm
 from jaxmerge.recipes.errors import PlanError, place
+from jaxmerge.recipes.inputs import RowMap
 from jaxmerge.recipes.output import is_unfinished, output_problems
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.resolve import Resolved, resolve
@@ -52,23 +54,6 @@ class PlannedSource:
 
 
 @dataclass(frozen=True)
-class AdapterTerm:
-    """A low-rank term that is added to a tensor as it is read: `scale * B @ A`.
-
-    Attributes:
-        source: index into the plan's sources of the adapter.
-        a: the adapter's name of A, [rank, in].
-        b: the adapter's name of B, [out, rank].
-        scale: the factor.
-    """
-
-    source: int
-    a: str
-    b: str
-    scale: float
-
-
-@dataclass(frozen=True)
 class PlannedInput:
     """A tensor as one source gives it.
 
@@ -76,8 +61,8 @@ class PlannedInput:
         source: index into the plan's sources.
         name: its name there; layer numbers may differ from the output's.
         shape: its shape as the merge sees it, after rows are mapped.
-        dtype: its dtype as stored.
-        rows: index into the plan's row maps for rows that are put in another order or filled, or None.
+        dtype: as it is read: that of the file, or float32 where rows are averaged or adapters added.
+        rows: index into the plan's row maps that put the tensor together, or None.
         adapters: terms that are added to it.
     """
 
@@ -182,7 +167,7 @@ class Plan:
     output: Path | None
     resumes: bool
     notes: tuple[str, ...]
-    row_maps: tuple[Any, ...] = ()
+    row_maps: tuple[RowMap, ...] = ()
 
     def describe(self) -> list[dict[str, str]]:
         """Returns a row of text per tensor: tensor, shape, from, to, action."""

@@ -14,16 +14,15 @@ import numpy as np
 
 from jaxmerge.converters import (
     Checkpoint,
-    CheckpointError,
     CheckpointWriter,
     TensorInfo,
-    non_finite,
     open_checkpoint,
     save_checkpoint,
 )
 from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods import merge
 from jaxmerge.recipes.errors import PlanError
+from jaxmerge.recipes.inputs import read_whole
 from jaxmerge.recipes.output import UNFINISHED, is_file, mark_unfinished, unmark
 from jaxmerge.recipes.plan import Plan, PlannedInput, PlannedTensor, measures_whole_model
 from jaxmerge.recipes.provenance import write_provenance
@@ -73,11 +72,17 @@ def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.
     Raises:
       CheckpointError: a tensor holds NaN or infinity, or cannot be read.
     """
-    loaded = []
-    for source in plan.sources:
-        with open_checkpoint(source.path, key=source.key) as checkpoint:
-            loaded.append({t.name: _read(checkpoint, t.name, source.name) for t in plan.tensors})
-    return [loaded[i] for i in plan.models], None if plan.base is None else loaded[plan.base]
+    loaded: dict[PlannedInput, np.ndarray] = {}
+    with _open_all(plan) as checkpoints:
+        for one in (one for tensor in plan.tensors for one in tensor.inputs):
+            if one not in loaded:
+                loaded[one] = read_whole(checkpoints, plan, one)
+    models = [
+        {t.name: loaded[t.models[0 if t.action == "carry" else i]] for t in plan.tensors}
+        for i in range(len(plan.models))
+    ]
+    base = {t.name: loaded[t.base or t.models[0]] for t in plan.tensors}
+    return models, None if plan.base is None else base
 
 
 def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
@@ -103,14 +108,10 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
 def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """One tensor at a time; memory holds one tensor of every source."""
     key = jax.random.key(plan.seed)
-    with contextlib.ExitStack() as stack:
-        checkpoints = [
-            stack.enter_context(open_checkpoint(source.path, key=source.key))
-            for source in plan.sources
-        ]
+    with _open_all(plan) as checkpoints:
 
         def read(one: PlannedInput) -> np.ndarray:
-            return _read(checkpoints[one.source], one.name, plan.sources[one.source].name)
+            return read_whole(checkpoints, plan, one)
 
         for tensor in plan.tensors:
             if tensor.action == "carry":
@@ -140,15 +141,13 @@ def _wide_enough(tensors: Iterable[PlannedTensor]) -> contextlib.AbstractContext
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
-def _read(checkpoint: Checkpoint, name: str, source: str) -> np.ndarray:
-    array = checkpoint.read(name)
-    bad = non_finite(array)
-    if bad:
-        raise CheckpointError(
-            f"{source}: tensor {name!r} holds {bad} value(s) that are NaN or infinite; merging would "
-            "spread them. Repair or replace the checkpoint"
-        )
-    return array
+@contextlib.contextmanager
+def _open_all(plan: Plan) -> Iterator[list[Checkpoint]]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(open_checkpoint(source.path, key=source.key))
+            for source in plan.sources
+        ]
 
 
 def _stored(merged: Any, tensor: PlannedTensor) -> np.ndarray:

@@ -1,0 +1,186 @@
+"""What a merge sees of a source: a tensor's elements, its rows mapped, its adapters added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxmerge.converters import Checkpoint, CheckpointError, non_finite
+from jaxmerge.converters.dtypes import storage_dtype
+from jaxmerge.recipes.adapters import applied
+
+if TYPE_CHECKING:
+    from jaxmerge.recipes.plan import Plan, PlannedInput
+
+Checkpoints = Sequence[Checkpoint] | Mapping[int, Checkpoint]
+
+# Rows that are read at once where a table is read row by row.
+_BLOCK = 8 << 20
+# Reading over a gap this wide takes no longer than a second read.
+_GAP = 64 << 10
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """A table of rows put together from rows of other tables.
+
+    Attributes:
+        tables: where rows are taken from, with no row maps of their own.
+        table: int32 `[n]`: for each row an index into `tables`, or -1 for a row of zeros.
+        row: int32 `[n]`: the row there.
+        averages: rows that are the mean of several rows instead: row -> its (table, row) pairs.
+        padding: how many rows follow that are the mean of the n rows.
+    """
+
+    tables: tuple[PlannedInput, ...]
+    table: np.ndarray
+    row: np.ndarray
+    averages: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    padding: int = 0
+
+
+def read(
+    checkpoints: Checkpoints,
+    plan: Plan,
+    wanted: PlannedInput,
+    start: int = 0,
+    stop: int | None = None,
+) -> np.ndarray:
+    """Reads a range of one input's elements, in the order of its shape as the merge sees it.
+
+    Args:
+        checkpoints: the plan's sources, open, by their index.
+        plan: the plan.
+        wanted: the input.
+        start: first element.
+        stop: one past the last element; None: to the end.
+
+    Returns:
+        A new array `[stop - start]` of the input's dtype.
+
+    Raises:
+        CheckpointError: a value read is NaN or infinite, or a file was cut short.
+    """
+    size = math.prod(wanted.shape)
+    stop = size if stop is None else stop
+    if wanted.rows is None and not wanted.adapters:
+        return _checked(
+            plan, wanted, checkpoints[wanted.source].read_flat(wanted.name, start, stop)
+        )
+    width = math.prod(wanted.shape[1:])
+    first, last = start // width, -(-stop // width)
+    if wanted.rows is None:
+        rows = _table_rows(checkpoints, plan, wanted, slice(first, last))
+    else:
+        rows = _mapped_rows(checkpoints, plan, wanted, first, last)
+    values = rows.reshape(-1)[start - first * width : stop - first * width]
+    return values.astype(storage_dtype(wanted.dtype), copy=False)
+
+
+def read_whole(checkpoints: Checkpoints, plan: Plan, wanted: PlannedInput) -> np.ndarray:
+    """Reads one input.
+
+    Args:
+        checkpoints: the plan's sources, open, by their index.
+        plan: the plan.
+        wanted: the input.
+
+    Returns:
+        A new array of the input's shape and dtype.
+
+    Raises:
+        CheckpointError: as for `read`.
+    """
+    return read(checkpoints, plan, wanted).reshape(wanted.shape)
+
+
+def _table_rows(
+    checkpoints: Checkpoints, plan: Plan, table: PlannedInput, rows: slice
+) -> np.ndarray:
+    """Reads successive rows of a table, adapters added."""
+    width = math.prod(table.shape[1:])
+    flat = checkpoints[table.source].read_flat(table.name, rows.start * width, rows.stop * width)
+    values = _checked(plan, table, flat).reshape(-1, *table.shape[1:])
+    return applied(checkpoints, table.adapters, values, rows)
+
+
+def _mapped_rows(
+    checkpoints: Checkpoints, plan: Plan, wanted: PlannedInput, first: int, last: int
+) -> np.ndarray:
+    assert wanted.rows is not None
+    mapped: RowMap = plan.row_maps[wanted.rows]
+    count = len(mapped.table)
+    dtype = storage_dtype(wanted.dtype)
+    values = np.zeros((last - first, *wanted.shape[1:]), dtype)
+    chosen = mapped.table[first : min(last, count)]
+    for index, table in enumerate(mapped.tables):
+        places = np.flatnonzero(chosen == index)
+        _gather(checkpoints, plan, table, mapped.row[first + places], values, places)
+    for place in (place for place in mapped.averages if first <= place < last):
+        pairs = mapped.averages[place]
+        total = np.zeros(values.shape[1:], np.float32)
+        for index, row in pairs:
+            one = _table_rows(checkpoints, plan, mapped.tables[index], slice(row, row + 1))
+            total += one[0].astype(np.float32)
+        values[place - first] = (total / np.float32(len(pairs))).astype(dtype)
+    if last > count:
+        mean = _mean(checkpoints, plan, wanted, count).astype(dtype)
+        values[max(count - first, 0) :] = mean
+    return values
+
+
+def _gather(
+    checkpoints: Checkpoints,
+    plan: Plan,
+    table: PlannedInput,
+    rows: np.ndarray,
+    into: np.ndarray,
+    places: np.ndarray,
+) -> None:
+    """Copies `rows` of a table to `places`, reading each stretch of the file once."""
+    order = np.argsort(rows, kind="stable")
+    rows, places = rows[order], places[order]
+    for stretch in _stretches(
+        rows, math.prod(table.shape[1:]) * storage_dtype(table.dtype).itemsize
+    ):
+        start, stop = int(rows[stretch.start]), int(rows[stretch.stop - 1]) + 1
+        read = _table_rows(checkpoints, plan, table, slice(start, stop))
+        into[places[stretch]] = read[rows[stretch] - start].astype(into.dtype, copy=False)
+
+
+def _stretches(rows: np.ndarray, row_bytes: int) -> Iterator[slice]:
+    """Cuts sorted rows where a gap is wide, and where a stretch would be long."""
+    if not len(rows):
+        return
+    gap, longest = max(_GAP // row_bytes, 1), max(_BLOCK // row_bytes, 1)
+    begin = 0
+    for cut in [*(np.flatnonzero(np.diff(rows) > gap) + 1), len(rows)]:
+        while begin < cut:
+            end = begin + int(np.searchsorted(rows[begin:cut], rows[begin] + longest))
+            yield slice(begin, end)
+            begin = end
+
+
+def _mean(checkpoints: Checkpoints, plan: Plan, wanted: PlannedInput, count: int) -> np.ndarray:
+    """Returns the mean of the first `count` rows, in float64, block by block."""
+    width = math.prod(wanted.shape[1:])
+    block = max(_BLOCK // (width * 4), 1)
+    total = np.zeros(wanted.shape[1:], np.float64)
+    for first in range(0, count, block):
+        rows = _mapped_rows(checkpoints, plan, wanted, first, min(first + block, count))
+        total += rows.sum(axis=0, dtype=np.float64)
+    return total / count
+
+
+def _checked(plan: Plan, given: PlannedInput, values: np.ndarray) -> np.ndarray:
+    bad = non_finite(values)
+    if bad:
+        raise CheckpointError(
+            f"{plan.sources[given.source].name}: tensor {given.name!r} holds {bad} value(s) that are "
+            "NaN or infinite; merging would spread them. Repair or replace the checkpoint"
+        )
+    return values
