@@ -45,7 +45,9 @@ def test_factors_are_paired_by_the_tensor_that_they_change(tmp_path):
     a, b = written[update.a], written[update.b]
     assert update.shape == (3, 5)
     np.testing.assert_allclose(delta(update, a, b), 4.0 * (b @ a), rtol=1e-6)
-    np.testing.assert_array_equal(delta(update, a, b, np.array([2, 0])), delta(update, a, b)[[2, 0]])
+    np.testing.assert_array_equal(
+        delta(update, a, b, np.array([2, 0])), delta(update, a, b)[[2, 0]]
+    )
 
 
 @pytest.mark.parametrize(
