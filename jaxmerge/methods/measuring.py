@@ -15,6 +15,7 @@ from jaxmerge.methods.selection import (
     key_bits,
     order,
     select,
+    select_counts,
     select_over,
     select_over_stacked,
 )
@@ -212,19 +213,16 @@ def _select_tensor(one: Select, batch: Batch, chunk: Chunk, local: Any, counts: 
     magnitudes = _magnitudes(one, batch.stacked, chunk, local)
     if not batch.stacked:
         return [
-            tuple(select(size, k) for k in ks) for size, ks in zip(magnitudes, counts, strict=True)
+            tuple(select_counts(size, ks)) for size, ks in zip(magnitudes, counts, strict=True)
         ]
     if not all(map(is_on_host, jax.tree.leaves((magnitudes, counts)))):
         return _select_batch(magnitudes, counts)
-    return [
-        tuple(
-            _stacked(
-                [select(row, m) for row, m in zip(np.asarray(size), np.asarray(k), strict=True)]
-            )
-            for k in ks
-        )
-        for size, ks in zip(magnitudes, counts, strict=True)
-    ]
+    result = []
+    for size, ks in zip(magnitudes, counts, strict=True):
+        rows, each = np.asarray(size), np.stack(ks, axis=-1)
+        found = [select_counts(row, list(k)) for row, k in zip(rows, each, strict=True)]
+        result.append(tuple(map(_stacked, zip(*found, strict=True))))
+    return result
 
 
 @jax.jit

@@ -63,6 +63,7 @@ __all__ = [
     "refine",
     "select",
     "select_compiled",
+    "select_counts",
     "select_over",
     "select_over_stacked",
     "share",
@@ -92,9 +93,31 @@ def select(values: Array | np.ndarray, k: ArrayLike) -> Selection:
         >>> keep(values, select(values, 3)).tolist()
         [True, True, False, True]
     """
-    if isinstance(k, jax.core.Tracer) or not is_on_host(values):
-        return select_compiled(values, k)
-    return select_over([values], k)[0]
+    return select_counts(values, [k])[0]
+
+
+def select_counts(values: Array | np.ndarray, counts: Sequence[ArrayLike]) -> list[Selection]:
+    """Selects the k largest values for each of several k; on the host in one pass over the values.
+
+    Args:
+        values: As for `select`.
+        counts: Integer scalars, may be traced. Limited to 0..size.
+
+    Returns:
+        A selection for each count.
+
+    Example:
+        >>> values = jnp.array([0.5, 2.0, 0.5, 1.0])
+        >>> [keep(values, found).tolist() for found in select_counts(values, [1, 3])]
+        [[False, True, False, False], [True, True, False, True]]
+    """
+    if any(isinstance(k, jax.core.Tracer) for k in counts) or not is_on_host(values):
+        return [select_compiled(values, k) for k in counts]
+    size = checked_size(values.shape)
+    ks = [int(clipped_count(k, size)) for k in counts]
+    wanted = sorted({k for k in ks if k > 0})
+    found = dict(zip(wanted, _select_on_host([values], wanted), strict=True)) if wanted else {}
+    return [found[k][0] if k else nothing(values.dtype) for k in ks]
 
 
 def select_compiled(
@@ -158,19 +181,28 @@ def select_over(values: Sequence[Array | np.ndarray], k: ArrayLike) -> list[Sele
     if not parts or (concrete and k == 0):
         return [nothing(v.dtype) for v in values]
     if concrete and all(is_on_host(part) for part in parts):
-        found = _select_on_host(parts, int(k))
+        (found,) = _select_on_host(parts, [int(k)])
     else:
         found = _select_compiled([jnp.asarray(part) for part in parts], k, None)
     selected = dict(zip(filled, found, strict=True))
     return [selected.get(i) or nothing(v.dtype) for i, v in enumerate(values)]
 
 
-def _select_on_host(values: Sequence[Array | np.ndarray], k: int) -> list[Selection]:
+def _select_on_host(
+    values: Sequence[Array | np.ndarray], counts: Sequence[int]
+) -> list[list[Selection]]:
+    """Per count a selection of each tensor."""
     dtype = common_dtype([v.dtype for v in values])
-    found = select_on_host(values, k)
-    thresholds = narrowed_to(jnp.uint32(found.threshold), dtype, values)
-    cuts = jax.device_put([np.int32(cut) for cut in found.cuts])
-    return [Selection(thresholds[v.dtype.name], cut) for v, cut in zip(values, cuts, strict=True)]
+    chosen = []
+    for found in select_on_host(values, counts):
+        thresholds = narrowed_to(np.uint32(found.threshold), dtype, values)
+        chosen.append(
+            [
+                Selection(thresholds[v.dtype.name], np.int32(cut))
+                for v, cut in zip(values, found.cuts, strict=True)
+            ]
+        )
+    return chosen
 
 
 def select_over_stacked(

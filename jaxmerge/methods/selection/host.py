@@ -18,10 +18,15 @@ from jaxmerge.methods.selection.keys import common_dtype, key_format
 
 _BLOCK = 1 << 16
 _SAMPLE = 1 << 15
+"""The most entries that are sampled."""
+_PER_SAMPLE = 32
+"""A smaller array is sampled less: so many entries stand for one, which balances the sample against the bracket."""
+_SAMPLED_FROM = 1 << 14
 _DEVIATIONS = 5.0
 """Half of the bracket's width, in standard deviations of the sample's quantile."""
 
 _Result = TypeVar("_Result")
+_Bracket = tuple[int, int]
 
 
 class HostSelection(NamedTuple):
@@ -51,21 +56,29 @@ def is_on_host(values: ArrayLike) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def select_on_host(arrays: Sequence[ArrayLike], k: int) -> HostSelection:
-    """Selects the k largest values of all arrays; ties go to earlier arrays, then lower indices.
+def select_on_host(arrays: Sequence[ArrayLike], counts: Sequence[int]) -> list[HostSelection]:
+    """Selects the k largest values of all arrays, for each of several k in one pass.
+
+    Ties go to earlier arrays, then lower indices.
 
     Args:
         arrays: Nonnegative float32, bfloat16 or float16 arrays of any shape. If their types
             differ, keys are those of float32.
-        k: From 1 to the number of entries.
+        counts: Each from 1 to the number of entries.
     """
     values = [np.asarray(array) for array in arrays]
     with ThreadPoolExecutor(_threads()) as pool:
         keys = _Keys(values, common_dtype([v.dtype for v in values]), pool)
-        bracket = _sampled_bracket(keys, k) if keys.size > 4 * _SAMPLE else (-1, keys.limit)
-        found = _within(keys, k, *bracket) or _within(keys, k, -1, keys.limit)
-    assert found is not None, "the widest bracket holds every key"
-    return HostSelection(found.threshold, _cuts(keys, found))
+        everything = (-1, keys.limit)
+        sampled = keys.size >= _SAMPLED_FROM
+        brackets = _sampled_brackets(keys, counts) if sampled else [everything] * len(counts)
+        selections = []
+        for k, found in zip(counts, _within(keys, counts, brackets), strict=True):
+            if found is None:
+                (found,) = _within(keys, [k], [everything])
+            assert found is not None, "the widest bracket holds every key"
+            selections.append(HostSelection(found.threshold, _cuts(keys, found)))
+        return selections
 
 
 def order_on_host(values: ArrayLike) -> np.ndarray:
@@ -154,9 +167,12 @@ class _Keys:
         return [result for part in self.pool.map(run, parts) for result in part]
 
     def sample(self) -> np.ndarray:
-        """Keys at random positions, ascending."""
+        """Keys at random positions, one in each of as many equal stretches."""
         # The generator is fixed: the sample decides the time that is needed, not the result.
-        positions = np.sort(np.random.default_rng(0).integers(0, self.size, _SAMPLE))
+        count = min(_SAMPLE, self.size // _PER_SAMPLE)
+        stretch = self.size / count
+        offsets = np.random.default_rng(0).random(count) * stretch
+        positions = (np.arange(count) * stretch + offsets).astype(np.int64)
         starts = np.cumsum([0, *(array.size for array in self.flat)])
         borders = np.searchsorted(positions, starts)
         parts = [
@@ -164,33 +180,52 @@ class _Keys:
             for i, array in enumerate(self.flat)
             if borders[i] < borders[i + 1]
         ]
-        return np.sort(np.concatenate(parts))
+        return np.concatenate(parts)
 
 
-def _sampled_bracket(keys: _Keys, k: int) -> tuple[int, int]:
-    """Keys (low, high) that the threshold very probably lies between, ends included."""
+def _sampled_brackets(keys: _Keys, counts: Sequence[int]) -> list[_Bracket]:
+    """Keys (low, high) that each threshold very probably lies between, ends included."""
     sample = keys.sample()
-    share = k / keys.size
-    margin = _DEVIATIONS * (share * (1 - share) * _SAMPLE) ** 0.5 + _DEVIATIONS
-    position = (1 - share) * _SAMPLE
-    low, high = int(position - margin), int(position + margin)
-    return (
-        int(sample[low]) if low >= 0 else -1,
-        int(sample[high]) if high < _SAMPLE else keys.limit,
-    )
+    places = []
+    for k in counts:
+        share = k / keys.size
+        margin = _DEVIATIONS * (share * (1 - share) * sample.size) ** 0.5 + _DEVIATIONS
+        position = (1 - share) * sample.size
+        places.append((int(position - margin), int(position + margin)))
+    ends = sorted({end for place in places for end in place if 0 <= end < sample.size})
+    ranked = np.partition(sample, ends) if ends else sample
+    return [
+        (
+            int(ranked[low]) if low >= 0 else -1,
+            int(ranked[high]) if high < sample.size else keys.limit,
+        )
+        for low, high in places
+    ]
 
 
-def _within(keys: _Keys, k: int, low: int, high: int) -> _Found | None:
-    """Finds the threshold if it lies in [low, high]."""
-    # No key lies between NaN and the limit.
-    span = keys.unsigned(0 if low >= keys.nan else max(high - low - 1, 0))
-    first, upper = keys.unsigned(low + 1), keys.unsigned(high)
+def _within(
+    keys: _Keys, counts: Sequence[int], brackets: Sequence[_Bracket]
+) -> list[_Found | None]:
+    """Finds each threshold that lies in its bracket [low, high], in one pass over the data."""
 
-    def split(block: np.ndarray) -> tuple[int, np.ndarray]:
-        # One unsigned comparison: what is below `first` wraps to a large number.
-        return _number(block >= upper), keys.clamp(block[block - first < span])
+    def split(block: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray]:
+        # No key lies between NaN and the limit.
+        span = keys.unsigned(0 if low >= keys.nan else max(high - low - 1, 0))
+        # One unsigned comparison: what is below the first key inside wraps to a large number.
+        inside = block[block - keys.unsigned(low + 1) < span]
+        return _number(block >= keys.unsigned(high)), keys.clamp(inside)
 
-    splits = keys.over_blocks(split)
+    splits = keys.over_blocks(lambda block: [split(block, *bracket) for bracket in brackets])
+    return [
+        _threshold(keys, k, *bracket, [parts[i] for parts in splits])
+        for i, (k, bracket) in enumerate(zip(counts, brackets, strict=True))
+    ]
+
+
+def _threshold(
+    keys: _Keys, k: int, low: int, high: int, splits: Sequence[tuple[int, np.ndarray]]
+) -> _Found | None:
+    """The threshold, from each block's number of keys above the bracket and its keys inside."""
     at_least = sum(part for part, _ in splits)
     inside = np.concatenate([part for _, part in splits])
     if at_least < k <= at_least + inside.size:
@@ -198,7 +233,7 @@ def _within(keys: _Keys, k: int, low: int, high: int) -> _Found | None:
         threshold = np.partition(inside, position)[position]
         above = at_least + _number(inside > threshold)
         return _Found(int(threshold), k - above, [_number(part == threshold) for _, part in splits])
-    end = upper if k <= at_least else keys.unsigned(max(low, 0))
+    end = keys.unsigned(high if k <= at_least else max(low, 0))
     equal = keys.over_blocks(lambda block: _number(keys.equal(block, end)))
     above = at_least - sum(equal) if k <= at_least else at_least + inside.size
     if above < k <= above + sum(equal):
