@@ -96,6 +96,18 @@ class Chunk:
         return self.base
 
 
+class OfSelected(NamedTuple):
+    """Says that a sum is over the entries that an earlier `Select` keeps, so that a candidate need not read them all.
+
+    Attributes:
+      by: the name of a `Select` over one tensor, of one ranking and one count.
+      terms: (chunk) -> one array per model, elementwise and free of hyperparameters and draws: what is summed.
+    """
+
+    by: str
+    terms: Callable[[Chunk], list[jax.Array]]
+
+
 class Sums(NamedTuple):
     """Additive statistics, then a small computation on them.
 
@@ -106,6 +118,7 @@ class Sums(NamedTuple):
       needs_values: False where neither function reads hyperparameters or draws: a sweep then measures once.
       scope: over one tensor or over all tensors of the model.
       reduce: how the statistics of two chunks become those of both: their "sum", or the larger ("max").
+      selected: where the statistics are [models], the sums of some terms over the selected entries: which and of what.
     """
 
     name: str
@@ -114,6 +127,7 @@ class Sums(NamedTuple):
     needs_values: bool = True
     scope: MeasureScope = "tensor"
     reduce: Literal["sum", "max"] = "sum"
+    selected: OfSelected | None = None
 
 
 class Select(NamedTuple):

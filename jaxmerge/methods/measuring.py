@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Select, Sums
+from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, OfSelected, Select, Sums
 from jaxmerge.methods.selection import (
     Selection,
     key_bits,
@@ -49,9 +49,14 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
     prepared: tuple[Prepared, ...] = tuple({} for _ in batches)
     for one in leaf.measures:
         if isinstance(one, Sums):
+            chunks = [batch.chunk(None) for batch in batches]
+            if one.selected is not None:
+                for batch, chunk, kept in zip(batches, chunks, prepared, strict=True):
+                    (order,) = kept[one.selected.by]
+                    kept[one.name] = _stretches(one.selected, batch.stacked, chunk, order)
+                continue
             if one.needs_values:
                 continue
-            chunks = [batch.chunk(None) for batch in batches]
             nothing: list[BatchValues] = [({}, False)] * len(batches)
             results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
         elif isinstance(one, Local):
@@ -88,7 +93,9 @@ def measure(
     for one in leaf.measures:
         results: Sequence[Any]
         if isinstance(one, Sums):
-            if prepared is not None and not one.needs_values:
+            if prepared is not None and one.selected is not None:
+                results = _sums_of_selected(leaf, one, batches, chunks, values, found, prepared)
+            elif prepared is not None and not one.needs_values:
                 results = [kept[one.name] for kept in prepared]
             else:
                 results = _sums(one, batches, chunks, values, found)
@@ -182,6 +189,76 @@ def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, 
     if not stacked:
         return one.finish(sums, values, found)
     return jax.vmap(one.finish, in_axes=(0, 0 if per_tensor else None, 0))(sums, values, found)
+
+
+# Sums over what is selected, by look-up -----------------------------------------------------------------------------
+
+_STRETCH = 1024
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _stretches(selected: OfSelected, stacked: bool, chunk: Chunk, order: jax.Array) -> jax.Array:
+    """[models, stretches]: sums of the terms over stretches of entries that follow each other in the order."""
+
+    def single(chunk: Chunk, order: jax.Array) -> jax.Array:
+        length = min(_STRETCH, order.size)
+        terms = jnp.stack([term.reshape(-1)[order] for term in selected.terms(chunk)])
+        padded = jnp.pad(terms, ((0, 0), (0, -order.size % length)))
+        return jnp.sum(padded.reshape(len(terms), -1, length), axis=-1)
+
+    return (jax.vmap(single) if stacked else single)(chunk, order)
+
+
+def _sums_of_selected(
+    leaf: LeafMethod,
+    one: Sums,
+    batches: Sequence[Batch],
+    chunks: Sequence[Chunk],
+    values: Sequence[BatchValues],
+    found: Sequence[Mapping[str, Any]],
+    prepared: Sequence[Prepared],
+) -> list[Any]:
+    assert one.selected is not None
+    by = one.selected.by
+    (select,) = (m for m in leaf.measures if isinstance(m, Select) and m.name == by)
+    results = []
+    for batch, chunk, (given, per_tensor), seen, kept in zip(
+        batches, chunks, values, found, prepared, strict=True
+    ):
+        ((count,),) = _counts(select, batch, (given, per_tensor), seen)
+        (order,) = kept[by]
+        sums = _first_terms(one.selected, batch.stacked, chunk, order, kept[one.name], count)
+        results.append(_finish(one, batch.stacked, per_tensor, sums, given, seen))
+    return results
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_terms(
+    selected: OfSelected,
+    stacked: bool,
+    chunk: Chunk,
+    order: jax.Array,
+    stretches: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """[models]: the sums of the terms over the first entries of the order, so many as are counted."""
+
+    def single(
+        chunk: Chunk, order: jax.Array, stretches: jax.Array, count: jax.Array
+    ) -> jax.Array:
+        length, count = min(_STRETCH, order.size), count.astype(jnp.int32)
+        whole = count // length
+        among = jnp.arange(stretches.shape[1]) < whole
+        start = jnp.minimum(whole * length, order.size - length)
+        places = jax.lax.dynamic_slice_in_dim(order, start, length)
+        rank = start + jnp.arange(length)
+        last = (rank >= whole * length) & (rank < count)
+        terms = jnp.stack(selected.terms(_elements(chunk, places)))
+        return jnp.sum(jnp.where(among[None], stretches, 0), axis=1) + jnp.sum(
+            jnp.where(last[None], terms, 0), axis=1
+        )
+
+    return (jax.vmap(single) if stacked else single)(chunk, order, stretches, count)
 
 
 # What a chunk says of itself ----------------------------------------------------------------------------------------
@@ -517,11 +594,11 @@ def _spread(tree: Any, length: int) -> Any:
 def _value_at(one: Select, chunk: Chunk, local: Any, model: int, place: jax.Array) -> jax.Array:
     if one.of is not None:
         return _pick(place, _values_of(one, chunk, local)[model])
-    return one.values(_element(chunk, place))[model]
+    return one.values(_elements(chunk, place))[model]
 
 
-def _element(chunk: Chunk, place: jax.Array) -> Chunk:
-    """A chunk of the single element at a flat index."""
+def _elements(chunk: Chunk, place: jax.Array) -> Chunk:
+    """A chunk of the elements at one flat index or several."""
     pick = functools.partial(_pick, place)
     base = None if chunk.base is None else pick(chunk.base)
     models = tuple(map(pick, chunk.models))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.hyperparameters import Hyperparameter
-from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, Select, Sums, Values
+from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, OfSelected, Select, Sums, Values
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.operators.task_vectors import SCALE
 from jaxmerge.methods.registry import register
@@ -70,6 +70,7 @@ def sce(
             "energy",
             functools.partial(_energies, among),
             lambda sums, values, found: _shares(weak, sums),
+            selected=OfSelected("selection", _squares),
         )
     )
     leaf = LeafMethod(
@@ -122,7 +123,11 @@ def _selected(among: str, chunk: Chunk, found: Found) -> list[jax.Array]:
 def _energies(among: str, chunk: Chunk, values: Values, found: Found) -> jax.Array:
     """[models]: the mean squares."""
     deltas = _selected(among, chunk, found)
-    return jnp.stack([jnp.sum(delta * delta) for delta in deltas]) / chunk.size
+    return jnp.stack([jnp.sum(delta * delta / chunk.size) for delta in deltas])
+
+
+def _squares(chunk: Chunk) -> list[jax.Array]:
+    return [delta * delta / chunk.size for delta in chunk.deltas()]
 
 
 def _shares(weak: str, energy: jax.Array) -> Any:
