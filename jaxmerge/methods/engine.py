@@ -474,9 +474,16 @@ def _restored(
     if extra is None:
         return restore(merged), None, None
     masks, factors = extra
-    if layered:
-        masks, factors = jnp.moveaxis(masks, 1, 0), factors[0]
-    return restore(merged), jax.vmap(restore)(masks), factors
+    return restore(merged), _together(list(map(restore, masks))), factors[0] if layered else factors
+
+
+def _together(masks: list[jax.Array]) -> jax.Array:
+    """[models, ...]: a stack, each part written into its place. A concatenation would compute all parts in one loop
+    that branches on every element."""
+    together = jnp.zeros((len(masks), *masks[0].shape), bool)
+    for i, mask in enumerate(masks):
+        together = jax.lax.dynamic_update_index_in_dim(together, mask, i, 0)
+    return together
 
 
 def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.Array) -> jax.Array:

@@ -192,8 +192,8 @@ class LeafMethod:
       models: how few and how many models it takes (a base counts only as a "source"; None for no limit).
       random: whether it draws (a key is then required).
       extras: what else it needs, by name; `chunk.extras` holds it.
-      per_task: (chunk, values, found) -> bool masks [models, ...] and factors [models] that make each model's own
-        version of the result, or None; see `jaxmerge.methods.per_task`.
+      per_task: (chunk, values, found) -> a bool mask per model, of the chunk's shape, and factors [models] that make
+        each model's own version of the result, or None; see `jaxmerge.methods.per_task`.
       sizes: (shape, inputs, models) -> what else than a "tensor" and a "model" a fraction may be a share of, by name;
         `shape` and `inputs` (axes) are the tensor's.
       cuts: how a tensor may be cut into chunks: between any "elements"; between "rows", that is between indices of the
@@ -209,7 +209,7 @@ class LeafMethod:
     random: bool = False
     cuts: Cuts = "elements"
     extras: Mapping[str, Extra] = field(default_factory=dict)
-    per_task: Callable[[Chunk, Values, Found], tuple[jax.Array, jax.Array]] | None = None
+    per_task: Callable[[Chunk, Values, Found], tuple[list[jax.Array], jax.Array]] | None = None
     sizes: Callable[[tuple[int, ...], tuple[int, ...], int], Mapping[str, int]] = (
         lambda shape, inputs, models: {}
     )

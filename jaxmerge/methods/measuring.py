@@ -243,9 +243,7 @@ def _first_terms(
 ) -> jax.Array:
     """[models]: the sums of the terms over the first entries of the order, so many as are counted."""
 
-    def single(
-        chunk: Chunk, order: jax.Array, stretches: jax.Array, count: jax.Array
-    ) -> jax.Array:
+    def single(chunk: Chunk, order: jax.Array, stretches: jax.Array, count: jax.Array) -> jax.Array:
         length, count = min(_STRETCH, order.size), count.astype(jnp.int32)
         whole = count // length
         among = jnp.arange(stretches.shape[1]) < whole
@@ -289,9 +287,7 @@ def _local_compiled(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
 def _select_tensor(one: Select, batch: Batch, chunk: Chunk, local: Any, counts: Any) -> Any:
     magnitudes = _magnitudes(one, batch.stacked, chunk, local)
     if not batch.stacked:
-        return [
-            tuple(select_counts(size, ks)) for size, ks in zip(magnitudes, counts, strict=True)
-        ]
+        return [tuple(select_counts(size, ks)) for size, ks in zip(magnitudes, counts, strict=True)]
     if not all(map(is_on_host, jax.tree.leaves((magnitudes, counts)))):
         return _select_batch(magnitudes, counts)
     result = []

@@ -54,7 +54,7 @@ def emr(*, means: Literal[False, True] = False) -> MergeMethod:
         lambda chunk, values, found: chunk.with_base(values["scale"] * _unified(chunk)[0]),
         MappingProxyType({"scale": SCALE}),
         (measure,),
-        per_task=lambda chunk, values, found: (jnp.stack(_unified(chunk)[1]), found["factors"]),
+        per_task=lambda chunk, values, found: (_unified(chunk)[1], found["factors"]),
     )
     return from_leaf(leaf, summary="Elect signs and magnitudes; a mask and a factor for each task.")
 

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.methods.hyperparameters import Hyperparameter
-from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Measure, OfSelected, Select, Sums, Values
+from jaxmerge.methods.leaf import (
+    Chunk,
+    Found,
+    LeafMethod,
+    Measure,
+    OfSelected,
+    Select,
+    Sums,
+    Values,
+)
 from jaxmerge.methods.method import MergeMethod, from_leaf
 from jaxmerge.methods.operators.task_vectors import SCALE
 from jaxmerge.methods.registry import register

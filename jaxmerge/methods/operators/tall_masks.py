@@ -100,10 +100,10 @@ def _agreed(chunk: Chunk, values: Values, found: Found) -> jax.Array:
     return chunk.with_base(values["scale"] * kept)
 
 
-def _per_task(chunk: Chunk, values: Values, found: Found) -> tuple[jax.Array, jax.Array]:
+def _per_task(chunk: Chunk, values: Values, found: Found) -> tuple[list[jax.Array], jax.Array]:
     # Behind the barrier the sum is computed once, not again for each model.
     total = jax.lax.optimization_barrier(_sum(chunk, values))
-    return jnp.stack(_masks(chunk, values, total)), jnp.ones(len(chunk.models))
+    return _masks(chunk, values, total), jnp.ones(len(chunk.models))
 
 
 def _masks(chunk: Chunk, values: Values, total: jax.Array) -> list[jax.Array]:

@@ -27,8 +27,8 @@ class Selection(NamedTuple):
             threshold; -1 if none of them is kept.
     """
 
-    threshold: Array
-    cut: Array
+    threshold: Array | np.unsignedinteger
+    cut: Array | np.signedinteger
 
 
 class _Format(NamedTuple):
@@ -128,7 +128,9 @@ def keys_as(dtype: np.dtype) -> Callable[[Array], Array]:
     return keys_of
 
 
-def narrowed(threshold: Array, source: np.dtype, target: np.dtype) -> Array:
+def narrowed(
+    threshold: Array | np.unsignedinteger, source: np.dtype, target: np.dtype
+) -> Array | np.unsignedinteger:
     """The largest key of the target type that is not above a key of the source type."""
     if np.dtype(source) == np.dtype(target):
         return threshold
@@ -145,8 +147,8 @@ def narrowed(threshold: Array, source: np.dtype, target: np.dtype) -> Array:
 
 
 def narrowed_to(
-    threshold: Array, source: np.dtype, values: Sequence[Array | np.ndarray]
-) -> dict[str, Array]:
+    threshold: Array | np.unsignedinteger, source: np.dtype, values: Sequence[Array | np.ndarray]
+) -> dict[str, Array | np.unsignedinteger]:
     """A threshold as a key of each type that the values have, by the type's name."""
     return {dtype.name: narrowed(threshold, source, dtype) for dtype in {v.dtype for v in values}}
 
