@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge._version import __version__
 
 if TYPE_CHECKING:
-    from jaxmerge import fusion, learning, methods, models, statistics, tree
+    from jaxmerge import evaluation, fusion, learning, methods, models, statistics, tree
     from jaxmerge.methods import MergeMethod, merge
 
 __all__ = [
     "MergeMethod",
     "__version__",
+    "evaluation",
     "fusion",
     "learning",
     "merge",
@@ -28,7 +29,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use: the command line answers `--help` without waiting for JAX.
-    if name in ("fusion", "learning", "methods", "models", "statistics", "tree"):
+    if name in ("evaluation", "fusion", "learning", "methods", "models", "statistics", "tree"):
         return importlib.import_module(f"jaxmerge.{name}")
     if name in ("MergeMethod", "merge"):
         return getattr(importlib.import_module("jaxmerge.methods"), name)
