@@ -37,7 +37,8 @@ def load_model(
     """Loads a checkpoint as a Flax model.
 
     Args:
-      path: a folder with weights and, where the layout has one, config.json; or a single file; see `open_checkpoint`.
+      path: a folder with weights and, where the layout has one, config.json; or a single file, which may carry its
+        config (GGUF); see `open_checkpoint`.
       family: a name out of `jaxmerge.converters.families.names()`; None: by the `model_type` of config.json, else the
         one family that the tensors fit.
       config: the Flax config, or a mapping in place of config.json, for what the tensors' shapes do not tell.
@@ -63,8 +64,8 @@ def load_model(
       ('mlp_fc', (1, 3))
     """
     path = os.fspath(path)
-    text = read_config(path)
     with open_checkpoint(path, key=key) as checkpoint:
+        text = read_config(path) or dict(checkpoint.config or {})
         refuse_quantised(checkpoint.tensors, text, where=path)
         match = recognise(checkpoint.tensors, json=text, family=family, config=config, where=path)
         loaded = _describe(match, checkpoint, text)

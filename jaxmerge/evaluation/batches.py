@@ -33,14 +33,14 @@ def over_batches(
       >>> over_batches(lambda x: 2 * x, jnp.arange(5), batch_size=2)
       Array([0, 2, 4, 6, 8], dtype=int32)
     """
-    lengths = {x.shape[0] if x.ndim else None for x in map(jnp.asarray, jax.tree.leaves(examples))}
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
+    shapes = {jnp.shape(x)[:1] for x in jax.tree.leaves(examples)}
+    if len(shapes) != 1 or () in shapes or (0,) in shapes:
         raise ValueError(
-            f"expected arrays of one number of examples, at least 1; found {sorted(map(str, lengths))}"
+            f"expected arrays of one number of examples, at least 1; found {sorted(shapes)}"
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, found {batch_size}")
-    (count,) = lengths
+    ((count,),) = shapes
     if batch_size is None or batch_size >= count:
         return function(examples)
     batches = -(-count // batch_size)

@@ -49,14 +49,18 @@ def score(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -
     log_p = jax.nn.log_softmax(logits, axis=-1)
     of_label = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
     p = jnp.exp(log_p)
-    values = (
-        -of_label,
-        (jnp.argmax(logits, axis=-1) == label).astype(jnp.float32),
-        jnp.max(p, axis=-1),
-        jnp.sum(p * p, axis=-1) - 2 * jnp.exp(of_label) + 1,
+
+    def kept(values: jax.Array) -> jax.Array:
+        # Not a product: padding may have scores that are not finite.
+        return jnp.where(counted, values, 0.0)
+
+    return Scores(
+        loss=kept(-of_label),
+        correct=kept((jnp.argmax(logits, axis=-1) == label).astype(jnp.float32)),
+        confidence=kept(jnp.max(p, axis=-1)),
+        squared_error=kept(jnp.sum(p * p, axis=-1) - 2 * jnp.exp(of_label) + 1),
+        counted=counted,
     )
-    # Not a product: padding may have scores that are not finite.
-    return Scores(*(jnp.where(counted, value, 0.0) for value in values), counted)
 
 
 @jax.jit

@@ -131,9 +131,13 @@ def test_a_decoder_is_scored_in_batches():
 @pytest.mark.parametrize(
     ("examples", "batch_size", "message"),
     [
-        ({"a": np.ones(3), "b": np.ones(4)}, 2, r"one number of examples, .*found \['3', '4'\]"),
-        (np.ones((0, 2)), 2, r"at least 1; found \['0'\]"),
-        (np.ones(()), 2, r"found \['None'\]"),
+        (
+            {"a": np.ones(3), "b": np.ones(4)},
+            2,
+            r"one number of examples, .*found \[\(3,\), \(4,\)\]",
+        ),
+        (np.ones((0, 2)), 2, r"at least 1; found \[\(0,\)\]"),
+        (np.ones(()), 2, r"found \[\(\)\]"),
         (np.ones(3), 0, "batch size of at least 1, found 0"),
     ],
 )
