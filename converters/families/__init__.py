@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxmerge.converters.errors import CheckpointError, nearest
-from jaxmerge.converters.families import mlp
+from jaxmerge.converters.families import bert, clip, mlp, t5, vit
 from jaxmerge.converters.families.family import ApplyFn, Family
 from jaxmerge.converters.families.rules import Rule, Transform, as_is, convolution, linear
 
@@ -21,7 +21,19 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (mlp.MLP_SEQUENTIAL, mlp.MLP_LAYERS, mlp.MLP_FC)
+    family.name: family
+    for family in (
+        mlp.MLP_SEQUENTIAL,
+        mlp.MLP_LAYERS,
+        mlp.MLP_FC,
+        bert.BERT,
+        bert.BERT_TENSORFLOW,
+        bert.ROBERTA,
+        vit.VIT,
+        vit.VIT_TIMM,
+        clip.CLIP_TOWERS,
+        t5.T5_STACKS,
+    )
 }
 
 

@@ -33,7 +33,9 @@ def _has_heads(config: BertConfig) -> bool:
     return config.masked_lm or config.next_sentence or config.classifier is not None
 
 
-def _encoder_rules(base: str, config: BertConfig, norm: Callable[[str, str], list[Rule]]) -> list[Rule]:
+def _encoder_rules(
+    base: str, config: BertConfig, norm: Callable[[str, str], list[Rule]]
+) -> list[Rule]:
     rules = [
         embedding(f"{base}embeddings.{kind}_embeddings", f"params/{path}_embedding")
         for kind, path in (("word", "token"), ("position", "position"), ("token_type", "type"))
@@ -98,9 +100,7 @@ def _aliases(base: str, head: str, config: BertConfig) -> dict[str, str]:
     return {f"{head}.bias": f"{head}.decoder.bias"}
 
 
-def _config_of(
-    base: str, json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> BertConfig:
+def _config_of(base: str, json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> BertConfig:
     require_config(json)
     require(json, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     is_roberta = base == "roberta."
@@ -174,7 +174,11 @@ def _config_to(kind: str, name: str, config: BertConfig) -> dict[str, Any]:
 
 def _task(config: BertConfig) -> str:
     if config.classifier:
-        return "ForTokenClassification" if config.classifier == "token" else "ForSequenceClassification"
+        return (
+            "ForTokenClassification"
+            if config.classifier == "token"
+            else "ForSequenceClassification"
+        )
     if config.masked_lm:
         return "ForPreTraining" if config.next_sentence else "ForMaskedLM"
     return "Model"

@@ -74,7 +74,11 @@ def _text_rules(base: str, config: CLIPTextConfig) -> list[Rule]:
     return [
         embedding(f"{base}embeddings.token_embedding", f"{path}/token_embedding"),
         Rule(f"{base}embeddings.position_embedding.weight", f"{path}/position_embedding"),
-        *(_block_rules(f"{base}encoder.layers.{{i}}", f"{path}/layers_{{i}}") if config.num_layers else ()),
+        *(
+            _block_rules(f"{base}encoder.layers.{{i}}", f"{path}/layers_{{i}}")
+            if config.num_layers
+            else ()
+        ),
         *norm(f"{base}final_layer_norm", f"{path}/norm"),
     ]
 
@@ -87,7 +91,11 @@ def _vision_rules(base: str, config: ViTConfig) -> list[Rule]:
         *patch_rules(f"{base}embeddings.patch_embedding", f"{path}/patch_embedding", bias=False),
         # Spelt so in every checkpoint.
         *norm(f"{base}pre_layrnorm", f"{path}/embedding_norm"),
-        *(_block_rules(f"{base}encoder.layers.{{i}}", f"{path}/layers_{{i}}") if config.num_layers else ()),
+        *(
+            _block_rules(f"{base}encoder.layers.{{i}}", f"{path}/layers_{{i}}")
+            if config.num_layers
+            else ()
+        ),
         *norm(f"{base}post_layernorm", f"{path}/norm"),
     ]
 
@@ -110,7 +118,9 @@ def _config_of(json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> CL
             _vision({**json.get("vision_config", {}), **(json.get("vision_config_dict") or {})}),
             json.get("projection_dim", _PROJECTION),
         )
-    projected = any(name in tensors for name in ("text_projection.weight", "visual_projection.weight"))
+    projected = any(
+        name in tensors for name in ("text_projection.weight", "visual_projection.weight")
+    )
     size = json.get("projection_dim", _PROJECTION) if projected else None
     if kind == "clip_text_model":
         return CLIPConfig(_text(json), None, size)
@@ -212,7 +222,7 @@ def _inputs(config: CLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return inputs
 
 
-CLIP_FAMILY = Family(
+CLIP_TOWERS = Family(
     name="clip",
     config_type=CLIPConfig,
     module=CLIP,

@@ -44,7 +44,7 @@ def require_config(json: Mapping[str, Any]) -> None:
     """Raises a CheckpointError where there is no config.json, as the tensors do not tell everything."""
     if not json:
         raise CheckpointError(
-            "needs config.json, or its fields as config={...}: the tensors do not tell how many attention heads they are"
+            "needs config.json, or its fields as config={...}: the tensors do not tell the number of attention heads"
         )
 
 

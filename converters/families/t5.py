@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
@@ -17,7 +18,6 @@ from jaxmerge.converters.families.hugging_face import (
     require_config,
 )
 from jaxmerge.converters.families.rules import Rule
-from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.t5 import T5, T5Config
 
@@ -68,7 +68,7 @@ def _aliases(config: T5Config) -> dict[str, str]:
         names.append("decoder.embed_tokens.weight")
         if config.tied:
             names.append("lm_head.weight")
-    return {name: "shared.weight" for name in names}
+    return dict.fromkeys(names, "shared.weight")
 
 
 def _config_of(json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> T5Config:
@@ -141,7 +141,7 @@ def _inputs(config: T5Config) -> Any:
     return {"input_ids": ids, "decoder_input_ids": ids}
 
 
-T5_FAMILY = Family(
+T5_STACKS = Family(
     name="t5",
     config_type=T5Config,
     module=T5,

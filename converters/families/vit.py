@@ -37,7 +37,9 @@ def pair(value: Any, key: str) -> tuple[int, int]:
     """
     sides = (value, value) if isinstance(value, int) else tuple(value)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise CheckpointError(f"config.json: {key}: expected a size or [height, width], found {value!r}")
+        raise CheckpointError(
+            f"config.json: {key}: expected a size or [height, width], found {value!r}"
+        )
     return sides
 
 
@@ -84,9 +86,7 @@ def _hugging_face_rules(config: ViTConfig) -> list[Rule]:
     return rules
 
 
-def _hugging_face_config(
-    json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> ViTConfig:
+def _hugging_face_config(json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ViTConfig:
     require_config(json)
     pooler = next((tensors[name] for name in _POOLERS if name in tensors), None)
     classifier = tensors.get("classifier.weight")

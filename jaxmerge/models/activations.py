@@ -9,6 +9,12 @@ import jax
 
 Activation = Callable[[jax.Array], jax.Array]
 
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "relu": nn.relu,
@@ -17,6 +23,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         "celu": nn.celu,
         "gelu": partial(nn.gelu, approximate=False),
         "gelu_tanh": partial(nn.gelu, approximate=True),
+        "quick_gelu": quick_gelu,
         "silu": nn.silu,
         "tanh": nn.tanh,
         "sigmoid": nn.sigmoid,

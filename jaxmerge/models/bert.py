@@ -148,10 +148,10 @@ class Bert(nn.Module):
         return jnp.cumsum(real, axis=1) * real + padding
 
     def _table(self, rows: int) -> nn.Embed:
-        return nn.Embed(rows, self.config.hidden_size, dtype=self.jnp.dtype(config.dtype))
+        return nn.Embed(rows, self.config.hidden_size, dtype=jnp.dtype(self.config.dtype))
 
     def _linear(self, size: int) -> nn.Dense:
-        return nn.Dense(size, dtype=self.jnp.dtype(config.dtype))
+        return nn.Dense(size, dtype=jnp.dtype(self.config.dtype))
 
 
 class BertBlock(nn.Module):
@@ -170,10 +170,17 @@ class BertBlock(nn.Module):
             name="attention",
         )
         feed_forward = FeedForward(
-            config.intermediate_size, config.activation, dtype=jnp.dtype(config.dtype), name="feed_forward"
+            config.intermediate_size,
+            config.activation,
+            dtype=jnp.dtype(config.dtype),
+            name="feed_forward",
         )
-        x = layer_norm(config.norm_eps, jnp.dtype(config.dtype), "attention_norm")(x + attention(x, mask=mask))
-        return layer_norm(config.norm_eps, jnp.dtype(config.dtype), "feed_forward_norm")(x + feed_forward(x))
+        x = layer_norm(config.norm_eps, jnp.dtype(config.dtype), "attention_norm")(
+            x + attention(x, mask=mask)
+        )
+        return layer_norm(config.norm_eps, jnp.dtype(config.dtype), "feed_forward_norm")(
+            x + feed_forward(x)
+        )
 
 
 class MaskedLanguageModel(nn.Module):
@@ -189,6 +196,10 @@ class MaskedLanguageModel(nn.Module):
         hidden = ACTIVATIONS[config.masked_lm_activation](hidden)
         hidden = layer_norm(config.norm_eps, jnp.dtype(config.dtype), "norm")(hidden)
         if table is None:
-            return nn.Dense(config.vocab_size, dtype=jnp.dtype(config.dtype), name="decoder")(hidden)
+            return nn.Dense(config.vocab_size, dtype=jnp.dtype(config.dtype), name="decoder")(
+                hidden
+            )
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        return hidden @ table.T.astype(jnp.dtype(config.dtype)) + bias[None, None].astype(jnp.dtype(config.dtype))
+        return hidden @ table.T.astype(jnp.dtype(config.dtype)) + bias[None, None].astype(
+            jnp.dtype(config.dtype)
+        )

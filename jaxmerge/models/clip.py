@@ -140,7 +140,9 @@ class TextTower(nn.Module):
         """ids [texts, length], attention_mask [texts, length] -> [texts, features]."""
         config, length = self.config, ids.shape[1]
         if length > config.max_positions:
-            raise ValueError(f"{length} tokens, but the model has positions for {config.max_positions}")
+            raise ValueError(
+                f"{length} tokens, but the model has positions for {config.max_positions}"
+            )
         table, size = nn.initializers.normal(0.02), config.hidden_size
         positions = self.param("position_embedding", table, (config.max_positions, size))
         x = nn.Embed(config.vocab_size, size, dtype=self.dtype, name="token_embedding")(ids)

@@ -101,9 +101,9 @@ class Attention(nn.Module):
         scale = self.head_size**-0.5 if self.scale is None else self.scale
         mixed = attend(query, key, value, scale=scale, mask=mask, bias=bias)
         joined = mixed.reshape(*mixed.shape[:2], size)
-        return nn.Dense(
-            x.shape[-1], use_bias=self.output_bias, dtype=self.dtype, name="output"
-        )(joined)
+        return nn.Dense(x.shape[-1], use_bias=self.output_bias, dtype=self.dtype, name="output")(
+            joined
+        )
 
     def _linear(self, size: int, name: str) -> nn.Dense:
         return nn.Dense(size, use_bias=self.bias, dtype=self.dtype, name=name)

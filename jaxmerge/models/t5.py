@@ -190,7 +190,9 @@ def rms_norm(config: T5Config, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), name=name)
 
 
-def relative_buckets(length: int, buckets: int, max_distance: int, *, both_ways: bool) -> np.ndarray:
+def relative_buckets(
+    length: int, buckets: int, max_distance: int, *, both_ways: bool
+) -> np.ndarray:
     """The bucket of each pair of positions: one per distance while they are near, then logarithmically wider ones.
 
     Args:

@@ -30,11 +30,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., features] -> [..., features]."""
-        act, hidden = ACTIVATIONS[self.activation], self._linear(self.hidden_size, "up")(x)
-        if self.gated:
-            hidden = act(self._linear(self.hidden_size, "gate")(x)) * hidden
-        else:
-            hidden = act(hidden)
+        act, up = ACTIVATIONS[self.activation], self._linear(self.hidden_size, "up")
+        hidden = (
+            act(self._linear(self.hidden_size, "gate")(x)) * up(x) if self.gated else act(up(x))
+        )
         return self._linear(x.shape[-1], "down")(hidden)
 
     def _linear(self, size: int, name: str) -> nn.Dense:

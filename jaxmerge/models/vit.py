@@ -36,7 +36,7 @@ class ViTConfig:
       layer_scale: what each part of a block adds is multiplied by a learned vector.
       pooling: what the classifier sees: the "token", or the "average" of the patches, which is then normalised instead
         of the hidden states.
-      pooler_size: features of an activated linear map of the first position; None for no such map. No classifier uses it.
+      pooler_size: features of an activated linear map of the first position, which no classifier uses; None for no map.
       pooler_activation: its activation function.
       num_labels: of the classifier; 0 for none.
       dtype: of the computation; the parameters keep their own.
@@ -96,8 +96,7 @@ class ViT(nn.Module):
                 "class_token", nn.initializers.zeros, (config.hidden_size,)
             )
         height, width = (
-            side // patch
-            for side, patch in zip(config.image_size, config.patch_size, strict=True)
+            side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True)
         )
         self.position_embedding = self.param(
             "position_embedding",
@@ -160,7 +159,9 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, config.hidden_size)
         if config.class_token:
             token = self.class_token.astype(dtype)[None, None]
-            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, token.shape[-1])), x], axis=1)
+            x = jnp.concatenate(
+                [jnp.broadcast_to(token, (x.shape[0], 1, token.shape[-1])), x], axis=1
+            )
         x = x + self.position_embedding[None].astype(dtype)
         if config.embedding_norm:
             x = self.embedding_norm(x)

@@ -27,6 +27,7 @@ def test_every_activation_is_torchs() -> None:
     torch = pytest.importorskip("torch")
     functions = {name: getattr(torch.nn.functional, name, None) for name in ACTIVATIONS}
     functions["gelu_tanh"] = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    functions["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)
     x = np.linspace(-9, 9, 181, dtype=np.float32)
     for name, function in functions.items():
         expected = function(torch.from_numpy(x)).numpy()
