@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from numpy.typing import DTypeLike
 
 from jaxmerge.converters import dtypes, folder
 from jaxmerge.converters.errors import CheckpointError, nearest
+from jaxmerge.converters.families.matching import recognise
 from jaxmerge.converters.families.rules import listed
 from jaxmerge.converters.model_config import ModelConfig
 from jaxmerge.converters.model_loading import CONFIG_NAME
 from jaxmerge.converters.partial_file import PartialFile
 from jaxmerge.converters.saving import save_checkpoint
+from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.tree import TensorLayout, flatten
 
 
@@ -80,7 +83,13 @@ def save_model(
         ties=list(ties.values()),
     )
     if not is_file:
-        _write_config(path, config, dtype)
+        text = _config_text(config, tensors)
+        if dtype is not None:
+            # transformers 5 writes "dtype", older versions "torch_dtype"; it loads the weights as that.
+            stored = dtypes.storage_dtype(dtype).name
+            text.update({key: stored for key in ("dtype", "torch_dtype") if key in config.json})
+        with PartialFile(os.path.join(path, CONFIG_NAME)) as file:
+            file.write_at((json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode(), 0)
 
 
 def to_checkpoint(
@@ -137,11 +146,15 @@ def _check(leaves: Mapping[str, Any], config: ModelConfig, where: str) -> None:
         )
 
 
-def _write_config(path: str, config: ModelConfig, dtype: DTypeLike | None) -> None:
-    text = {**config.json, **config.table.json(config.model)}
-    if dtype is not None:
-        # transformers 5 writes "dtype", older versions "torch_dtype"; it loads the weights as that.
-        stored = dtypes.storage_dtype(dtype).name
-        text.update({key: stored for key in ("dtype", "torch_dtype") if key in config.json})
-    with PartialFile(os.path.join(path, CONFIG_NAME)) as file:
-        file.write_at((json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode(), 0)
+def _config_text(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The config.json that was read where it says what the model is, else with what the model says instead."""
+    table, given = config.table, config.json
+    infos = {name: TensorInfo.of(name, array.shape, array.dtype) for name, array in tensors.items()}
+    try:
+        read = recognise(infos, json=given, family=config.family).config
+    except CheckpointError:
+        read = None
+    if given and read is not None and replace(read, dtype=config.model.dtype) == config.model:
+        return dict(given)
+    kept = given if given.get("model_type") in table.accepted_types else {}
+    return {**kept, **table.json(config.model)}

@@ -5,12 +5,13 @@ Which heads a checkpoint has is read off its tensors. A head that the tables do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.families.family import Family
@@ -90,14 +91,19 @@ def _vocabulary(head: str, config: BertConfig) -> list[Rule]:
 
 
 def _aliases(base: str, head: str, config: BertConfig) -> dict[str, str]:
-    if not config.masked_lm:
+    if not (config.masked_lm and config.tied):
         return {}
-    if config.tied:
-        return {
-            f"{head}.decoder.weight": f"{base}embeddings.word_embeddings.weight",
-            f"{head}.decoder.bias": f"{head}.bias",
-        }
-    return {f"{head}.bias": f"{head}.decoder.bias"}
+    return {
+        f"{head}.decoder.weight": f"{base}embeddings.word_embeddings.weight",
+        f"{head}.decoder.bias": f"{head}.bias",
+    }
+
+
+def _buffers(head: str, config: BertConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
+    # transformers keeps a second bias beside that of an untied head, and does not use it.
+    if not config.masked_lm or config.tied:
+        return {}
+    return {f"{head}.bias": np.zeros(config.vocab_size, np.float32)}
 
 
 def _config_of(base: str, json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> BertConfig:
@@ -200,6 +206,7 @@ def _bert(name: str, weight: str, bias: str) -> Family:
         model_types=("bert",),
         prefixes=("bert.",),
         aliases=partial(_aliases, "bert.", "cls.predictions"),
+        buffers=partial(_buffers, "cls.predictions"),
         ignored=("embeddings.position_ids", "bert.embeddings.position_ids"),
     )
 
@@ -219,5 +226,6 @@ ROBERTA = Family(
     model_types=("xlm-roberta", "camembert"),
     prefixes=("roberta.",),
     aliases=partial(_aliases, "roberta.", "lm_head"),
+    buffers=partial(_buffers, "lm_head"),
     ignored=("embeddings.position_ids", "roberta.embeddings.position_ids"),
 )

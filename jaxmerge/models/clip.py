@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -85,11 +85,11 @@ class CLIP(nn.Module):
         if config.text is not None:
             self.text = TextTower(config.text, jnp.dtype(config.dtype))
             if config.projection_size is not None:
-                self.text_projection = self._projection()
+                self.text_projection = self._projection(config.projection_size)
         if config.vision is not None:
             self.vision = ViT(replace(config.vision, dtype=config.dtype))
             if config.projection_size is not None:
-                self.image_projection = self._projection()
+                self.image_projection = self._projection(config.projection_size)
         if config.text is not None and config.vision is not None:
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
 
@@ -124,8 +124,7 @@ class CLIP(nn.Module):
         pooled = self.vision.encode(inputs)[:, 0]
         return pooled if self.config.projection_size is None else self.image_projection(pooled)
 
-    def _projection(self) -> nn.Dense:
-        size = self.config.projection_size
+    def _projection(self, size: int) -> nn.Dense:
         return nn.Dense(size, use_bias=False, dtype=jnp.dtype(self.config.dtype))
 
 
@@ -167,13 +166,20 @@ class TextTower(nn.Module):
 @cache
 def text_features(config: CLIPConfig) -> Callable[[Any, Any], jax.Array]:
     """The text tower's function of (params, inputs), see `CLIP.text_features`; the same object for equal configs."""
-    return lambda params, inputs: CLIP(config).apply(params, inputs, method="text_features")
+    return _method(config, "text_features")
 
 
 @cache
 def image_features(config: CLIPConfig) -> Callable[[Any, Any], jax.Array]:
     """The image tower's function of (params, images), see `CLIP.image_features`; the same object for equal configs."""
-    return lambda params, inputs: CLIP(config).apply(params, inputs, method="image_features")
+    return _method(config, "image_features")
+
+
+def _method(config: CLIPConfig, name: str) -> Callable[[Any, Any], jax.Array]:
+    def features(params: Any, inputs: Any) -> jax.Array:
+        return cast(jax.Array, CLIP(config).apply(params, inputs, method=name))
+
+    return features
 
 
 def _unit(features: jax.Array) -> jax.Array:

@@ -1,28 +1,11 @@
 """BERT and RoBERTa: the functions of transformers' models, and exact round trips."""
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from parity import assert_round_trip, random_checkpoint
-from pretrained import assert_loads_as, assert_pretrained, transformers
-
-from jaxmerge.converters import (
-    CheckpointError,
-    ModelConfig,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-    save_model,
-)
-from jaxmerge.models import Bert, BertConfig, pool
+from pretrained import assert_pretrained, transformers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 30,
