@@ -18,15 +18,21 @@ class PartialFile:
 
     As a context manager it publishes at the end, or discards on an error.
 
+    Args:
+      final: the name that the file gets.
+      keep: go on with the partial file that an earlier process left, if there is one.
+
     Attributes:
       final: the name that the file gets.
       path: the name that it has until then: `final` + ".partial".
     """
 
-    def __init__(self, final: str) -> None:
+    def __init__(self, final: str, *, keep: bool = False) -> None:
         self.final = final
         self.path = final + SUFFIX
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        if not keep:
+            flags |= os.O_TRUNC
         self._fd: int | None = os.open(self.path, flags, 0o666)
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
@@ -40,6 +46,18 @@ class PartialFile:
           OSError: the file is closed or the system refuses, for example since the disk is full.
         """
         byte_io.write_all(self._open_fd(), memoryview(data), offset)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills a buffer with bytes that were written.
+
+        Args:
+          buffer: writable bytes.
+          offset: where in the file.
+
+        Raises:
+          CheckpointError: the file ends early.
+        """
+        byte_io.read_into(self._open_fd(), buffer, offset, self.path)
 
     def resize(self, size: int) -> None:
         """Sets the file's size.
@@ -55,15 +73,21 @@ class PartialFile:
 
     def publish(self) -> None:
         """Renames the file to its final name, which it replaces; call `sync` before."""
-        self._close()
+        self.close()
         os.replace(self.path, self.final)
 
     def discard(self) -> None:
         """Removes the file if it was not published; an error in that is no further error."""
         with contextlib.suppress(OSError):
-            self._close()
+            self.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
+
+    def close(self) -> None:
+        """Leaves the file as it is, under its partial name."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -84,13 +108,8 @@ class PartialFile:
             raise OSError(f"{self.final}: the file is closed")
         return self._fd
 
-    def _close(self) -> None:
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            os.close(fd)
 
-
-def publish_all(files: Sequence[PartialFile]) -> None:
+def publish_all(files: Sequence[PartialFile], *, keep: bool = False) -> None:
     """Publishes complete files, in order, once the disk has the bytes of all of them.
 
     If one cannot be published, all are removed, those under their final names too.
@@ -98,6 +117,7 @@ def publish_all(files: Sequence[PartialFile]) -> None:
     Args:
       files: one file, which may replace another; or several that replace nothing, an index after
         what it lists.
+      keep: remove nothing on an error: files that could not be published stay partial.
 
     Raises:
       OSError: the system refuses.
@@ -110,6 +130,10 @@ def publish_all(files: Sequence[PartialFile]) -> None:
             file.publish()
             published.append(file)
     except BaseException:
+        if keep:
+            for file in files:
+                file.close()
+            raise
         for file in files:
             file.discard()
         for file in published:

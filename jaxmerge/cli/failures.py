@@ -17,7 +17,7 @@ Exit codes:
   0    done
   1    failed during the work (a full disk, memory, a broken installation)
   2    bad input (command line, recipe, checkpoint); nothing was written
-  130  interrupted; nothing half-written remains
+  130  interrupted; the same command goes on with what is finished
 """
 
 
@@ -28,17 +28,17 @@ class Commands(TyperGroup):
         debug = ctx.params.get("debug") or os.environ.get("JAXMERGE_DEBUG", "") not in ("", "0")
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             if debug:
                 raise
-            _report("interrupted; nothing half-written remains")
+            _report(f"interrupted; {str(interruption) or 'nothing half-written remains'}")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # Exits and errors of usage have an exit code of their own.
             if debug or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
                 raise
             code, text = explain(error)
-            _report(text)
+            _report("\n".join([text, *getattr(error, "__notes__", ())]))
             raise typer.Exit(code) from None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxmerge.cli.arguments import DeviceOption, Imports, Overwrite, RecipePath, Seed, import_all
-from jaxmerge.cli.consoles import notes, say
+from jaxmerge.cli.consoles import note, notes, say
 from jaxmerge.cli.device import Device, use
 from jaxmerge.cli.progress import progress
 
@@ -36,27 +36,42 @@ def merge(
         Format | None,
         typer.Option(help="Of the output; default: by OUT's name, a folder being safetensors."),
     ] = None,
+    shard_size: Annotated[
+        str,
+        typer.Option(
+            "--shard-size",
+            "--out-shard-size",
+            metavar="BYTES",
+            help="The most bytes of tensors in one file of a folder: 5B, 5GB, 500MB.",
+        ),
+    ] = "5GB",
     imports: Imports = None,
 ) -> None:
     """Merge the checkpoints of a recipe.
 
     All that headers tell is checked before a tensor is read, every tensor for NaN and infinity as
-    it is read; a merge that fails leaves nothing behind. Tensors are read and written one by one,
-    but for methods that compare whole models. A folder also gets the recipe as it ran, where
-    everything came from, and the other files of the base (or of the first model).
+    it is read. A merge that was interrupted, killed or short of disk is gone on with by the same
+    command. A folder also gets the recipe as it ran, where everything came from, a model card, and
+    the other files of the base (or of the first model).
     """
     began = time.monotonic()
     from jaxmerge.recipes import make_plan, read, run
-    from jaxmerge.recipes.output import bytes_text
+    from jaxmerge.recipes.output import bytes_text, parse_bytes
 
     use(device)
     import_all(imports)
     plan = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
     notes(plan.notes)
+    if plan.done:
+        say(f"{plan.output}: is the result of this merge already; --overwrite makes it again")
+        return
+    if plan.resumes:
+        note(f"goes on with the unfinished run in {plan.output}")
     with progress("merging", lambda amount: bytes_text(int(amount))) as report:
         written = run(
             plan,
             format=None if format is None else format.value,
+            shard_size=parse_bytes(shard_size),
             progress=lambda name, done, total: report(done, total),
         )
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)

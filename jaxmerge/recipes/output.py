@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmerge.converters.folder import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from jaxmerge.converters.partial_file import SUFFIX as PARTIAL_SUFFIX
+from jaxmerge.recipes.journal import head_of
 
-# A run keeps this file in its output folder until it is done: {"fingerprint": ...}.
-UNFINISHED = "jaxmerge-unfinished.json"
+# An output folder has this journal until it is whole; further processes have their number in it.
+UNFINISHED = "jaxmerge-unfinished.jsonl"
+# A finished one has this record.
+RECORD = "jaxmerge.json"
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt](i?b)?|b)?)", re.IGNORECASE)
 
 
 def is_file(output: Path) -> bool:
@@ -23,19 +29,56 @@ def is_file(output: Path) -> bool:
     return output.suffix == SAFETENSORS_SUFFIX or output.suffix in TORCH_SUFFIXES
 
 
+def journal_of(output: Path, process: int = 0) -> Path:
+    """Returns where the journal of an unfinished output stands.
+
+    >>> journal_of(Path("out")).name, journal_of(Path("out.safetensors")).name
+    ('jaxmerge-unfinished.jsonl', 'out.safetensors.unfinished.jsonl')
+    >>> journal_of(Path("out"), 1).name
+    'jaxmerge-unfinished.1.jsonl'
+    """
+    number = f".{process}" if process else ""
+    if is_file(output):
+        return output.with_name(f"{output.name}.unfinished{number}.jsonl")
+    return output / UNFINISHED.replace(".", f"{number}.")
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file in an output folder is a journal of an unfinished run."""
+    return name.startswith("jaxmerge-unfinished.") and name.endswith(".jsonl")
+
+
+def contents(folder: Path) -> list[str]:
+    """Returns the names in a folder, without journals of unfinished runs."""
+    return sorted(name for name in os.listdir(folder) if not is_journal(name))
+
+
+def replacement_of(output: Path) -> Path:
+    """Returns the folder beside an output folder in which its replacement comes to be."""
+    return output.with_name(f".{output.name}.partial")
+
+
 def is_unfinished(output: Path, fingerprint: str) -> bool:
-    """Whether the folder holds an unfinished run of the plan with this fingerprint."""
-    return _left_by(output) == fingerprint
+    """Whether an unfinished run of the plan with this fingerprint stands there, or beside it."""
+    beside = [] if is_file(output) else [replacement_of(output)]
+    return fingerprint in [left_by(place) for place in (output, *beside)]
 
 
-def mark_unfinished(output: Path, fingerprint: str) -> None:
-    """Says in a folder that the plan with this fingerprint is being written there."""
-    (output / UNFINISHED).write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+def is_finished(output: Path, fingerprint: str) -> bool:
+    """Whether the folder is the whole result of the plan with this fingerprint."""
+    if is_file(output) or journal_of(output).exists():
+        return False
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("fingerprint") == fingerprint
 
 
-def unmark(output: Path) -> None:
-    """Says that the output is whole."""
-    (output / UNFINISHED).unlink()
+def left_by(output: Path) -> str | None:
+    """Returns the fingerprint of the plan whose unfinished run stands there, or None."""
+    head = head_of(journal_of(output))
+    return None if head is None else str(head.get("fingerprint", ""))
 
 
 def output_problems(
@@ -59,8 +102,11 @@ def output_problems(
     for source in sources:
         if _covers(output, source):
             return [f"{output}: the output would overwrite the source {source}"]
-    if fingerprint is not None and is_unfinished(output, fingerprint) and not overwrite:
-        nbytes -= sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    if fingerprint is not None:
+        if not overwrite and is_finished(output, fingerprint):
+            return []
+        if is_unfinished(output, fingerprint):
+            nbytes -= _allocated(output)
     occupied = _occupied(output, fingerprint, overwrite)
     return [problem for problem in (occupied, _no_room(output, nbytes)) if problem]
 
@@ -75,12 +121,13 @@ def _occupied(output: Path, fingerprint: str | None, overwrite: bool) -> str | N
     if overwrite:
         return None
     if not output.is_dir():
+        if fingerprint is not None and left_by(output) == fingerprint:
+            return None
         return f"{output}: the output file exists; name another one, or give --overwrite"
-    names = sorted(os.listdir(output))
-    left_by = _left_by(output)
-    if not names or (left_by is not None and fingerprint in (None, left_by)):
+    names, left = contents(output), left_by(output)
+    if not names or (left is not None and fingerprint in (None, left)):
         return None
-    what = "is not empty" if left_by is None else "holds an unfinished run of another plan"
+    what = "is not empty" if left is None else "holds an unfinished run of another plan"
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{output}: the output folder {what} ({some}); name another one, or give --overwrite to "
@@ -88,15 +135,13 @@ def _occupied(output: Path, fingerprint: str | None, overwrite: bool) -> str | N
     )
 
 
-def _left_by(folder: Path) -> str | None:
-    """Returns the fingerprint of the run left unfinished there: "" if it cannot be read."""
-    try:
-        marker = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError):
-        return ""
-    return str(marker.get("fingerprint", "")) if isinstance(marker, dict) else ""
+def _allocated(output: Path) -> int:
+    """Returns the bytes that an unfinished run has taken on the disk already."""
+    if is_file(output):
+        files = [output.with_name(output.name + PARTIAL_SUFFIX)]
+    else:
+        files = [file for folder in (output, replacement_of(output)) for file in folder.rglob("*")]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
 def _no_room(output: Path, nbytes: int) -> str | None:
@@ -130,6 +175,32 @@ def bytes_text(nbytes: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size: a number and a unit. K, M, G and T are powers of 1000, KiB and so on of 1024.
+
+    As in mergekit's options, B alone stands for 10^9.
+
+    Args:
+        text: such as "5GB", "500MB", "2GiB", "5B" or "100000".
+
+    Raises:
+        ValueError: text that is no size, or a size below 1.
+
+    >>> parse_bytes("5GB"), parse_bytes("5B"), parse_bytes("1.5KiB"), parse_bytes("12")
+    (5000000000, 5000000000, 1536, 12)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a size such as 5GB or 500MB, found {text!r}")
+    unit = match["unit"].upper()
+    power = "KMGT".find(unit[:1]) + 1 if unit and unit != "B" else 0
+    base = 1024 if "I" in unit else 1000
+    size = int(float(match["number"]) * (10**9 if unit == "B" else base**power))
+    if size < 1:
+        raise ValueError(f"expected a size of at least one byte, found {text!r}")
+    return size
 
 
 def _covers(output: Path, source: Path) -> bool:

@@ -18,7 +18,7 @@ from jaxmerge.methods import MergeMethod
 from jaxmerge.recipes.adapters import AdapterTerm
 from jaxmerge.recipes.errors import PlanError, place
 from jaxmerge.recipes.inputs import RowMap
-from jaxmerge.recipes.output import is_unfinished, output_problems
+from jaxmerge.recipes.output import is_finished, is_unfinished, output_problems
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.resolve import Resolved, resolve
 from jaxmerge.recipes.schema import Recipe
@@ -147,7 +147,9 @@ class Plan:
         fingerprint: sha256 (hex) of the resolved recipe, seed, sources' headers, sizes and times of
             change, and the library's version: what decides the output's bytes.
         output: where it will be written, or None.
-        resumes: whether the output folder holds an unfinished run of this very plan.
+        overwrite: whether an output that exists may be replaced.
+        resumes: whether an unfinished run of this very plan is there, which will be gone on with.
+        done: whether the output is the whole result of this very plan already.
         notes: remarks for the user.
         row_maps: how rows of embeddings are mapped, see `PlannedInput.rows`.
     """
@@ -165,7 +167,9 @@ class Plan:
     seed: int
     fingerprint: str
     output: Path | None
+    overwrite: bool
     resumes: bool
+    done: bool
     notes: tuple[str, ...]
     row_maps: tuple[RowMap, ...] = ()
 
@@ -212,6 +216,7 @@ class Plan:
             "memory": self.memory,
             "output": None if self.output is None else str(self.output),
             "resumes": self.resumes,
+            "done": self.done,
             "notes": list(self.notes),
         }
         return json.dumps(plan, indent=2, allow_nan=False)
@@ -285,7 +290,9 @@ def make_plan(
         seed=seed,
         fingerprint=fingerprint,
         output=output,
-        resumes=output is not None and not overwrite and is_unfinished(output, fingerprint),
+        overwrite=overwrite,
+        resumes=output is not None and is_unfinished(output, fingerprint),
+        done=output is not None and not overwrite and is_finished(output, fingerprint),
         notes=(*resolved.notes, *planner.notes),
     )
 

@@ -1,38 +1,115 @@
-"""What stands beside a merged model: the recipe that made it, and where everything came from."""
+"""What stands in a merged model about how it was made: recipe, sources, versions, seed, every tensor's numbers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmerge._version import __version__
-from jaxmerge.recipes.plan import Plan
+from jaxmerge.recipes.output import RECORD
+from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.schema import dump
 
+# The entry of a safetensors file's metadata.
+METADATA_KEY = "jaxmerge"
+# Takes as many bytes as a hash: headers are laid out before the sources have been read.
+UNKNOWN = "0" * 64
 
-def write_provenance(plan: Plan, folder: Path) -> None:
-    """Writes `recipe.yaml`, the recipe as it ran, and `jaxmerge.json`, what it was resolved to."""
-    (folder / "recipe.yaml").write_text(dump(plan.resolved.recipe), encoding="utf-8")
-    record = {
+Hashes = Mapping[str, str]
+
+
+def record(plan: Plan, hashes: Hashes) -> dict[str, Any]:
+    """Returns what decides the values of a merged model, and where it came from, as plain data.
+
+    No path of this machine is in it: sources have the names that the recipe gives them.
+
+    Args:
+        plan: what was carried out.
+        hashes: sha256 (hex) of the sources' files by path; `UNKNOWN` stands for those left out.
+    """
+    return {
         "jaxmerge": __version__,
-        "jax": jax.__version__,
-        "fingerprint": plan.fingerprint,
-        "seed": plan.seed,
+        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "recipe": dump(plan.resolved.recipe),
         "resolved": plan.resolved.to_dict(),
+        "seed": plan.seed,
         "sources": [
             {
                 "name": source.name,
                 "key": source.key,
                 "format": source.format,
                 "files": [
-                    {"name": Path(file).name, "bytes": size} for file, size, _ in source.files
+                    {
+                        "name": Path(file).name,
+                        "bytes": size,
+                        "sha256": hashes.get(file, UNKNOWN),
+                    }
+                    for file, size, _ in source.files
                 ],
             }
             for source in plan.sources
         ],
-        "notes": list(plan.notes),
+        "tensors": settings(plan),
     }
-    text = json.dumps(record, indent=2, allow_nan=False)
-    (folder / "jaxmerge.json").write_text(text + "\n", encoding="utf-8")
+
+
+def settings(plan: Plan) -> list[dict[str, Any]]:
+    """Returns how tensors were made: one entry for all that were made alike.
+
+    Each has the action or the method with its options, the hyperparameters, the models and the
+    base as indices into the sources, and the tensors' names.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for tensor in plan.tensors:
+        made = _made(plan, tensor)
+        entry = groups.setdefault(json.dumps(made, sort_keys=True), {**made, "names": []})
+        entry["names"].append(tensor.name)
+    return list(groups.values())
+
+
+def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
+    """Returns the entries for a safetensors file's metadata; as long for any hashes."""
+    entry = json.dumps(record(plan, hashes), ensure_ascii=False, separators=(",", ":"))
+    return {METADATA_KEY: entry}
+
+
+def write_record(plan: Plan, folder: Path, hashes: Hashes, tensors: Hashes) -> None:
+    """Writes `recipe.yaml`, the recipe as it ran, and `jaxmerge.json`, all that is known of the merge.
+
+    Args:
+        plan: what was carried out.
+        folder: the output.
+        hashes: sha256 (hex) of the sources' files by path.
+        tensors: sha256 (hex) of each tensor's bytes in the output; empty for a PyTorch file.
+    """
+    (folder / "recipe.yaml").write_text(dump(plan.resolved.recipe), encoding="utf-8")
+    known = {
+        **record(plan, hashes),
+        "notes": list(plan.notes),
+        "sha256": {tensor.name: tensors[tensor.name] for tensor in plan.tensors if tensors},
+        "fingerprint": plan.fingerprint,
+    }
+    text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _made(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:
+    if tensor.action == "carry":
+        return {"action": "carry", "models": [tensor.models[0].source]}
+    merge = plan.merges[tensor.merge]
+    return {
+        "action": "merge",
+        "method": merge.method.name,
+        "options": dict(merge.options),
+        "hyperparameters": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in tensor.hyperparameters.items()
+        },
+        "models": [model.source for model in tensor.models],
+        "base": None if tensor.base is None else tensor.base.source,
+    }

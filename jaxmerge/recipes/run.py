@@ -1,66 +1,273 @@
-"""Runs a plan: reads the sources tensor by tensor, merges, and writes the output beside its final name."""
+"""Runs a plan: merges tensor after tensor into files that stand beside their final names until all are whole."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxmerge.converters import (
     Checkpoint,
+    CheckpointError,
     CheckpointWriter,
     TensorInfo,
     open_checkpoint,
     save_checkpoint,
 )
+from jaxmerge.converters.byte_io import as_bytes
 from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods import merge
+from jaxmerge.recipes import model_card, provenance, side_files
 from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.inputs import read_whole
-from jaxmerge.recipes.output import UNFINISHED, is_file, mark_unfinished, unmark
+from jaxmerge.recipes.output import is_file
 from jaxmerge.recipes.plan import Plan, PlannedInput, PlannedTensor, measures_whole_model
-from jaxmerge.recipes.provenance import write_provenance
+from jaxmerge.recipes.processes import ALONE, Processes
+from jaxmerge.recipes.source_files import SourceHashes, check_unchanged
+from jaxmerge.recipes.workplace import Workplace, journals, workplace
 from jaxmerge.tree import Layout, TensorLayout
 
 Progress = Callable[[str, int, int], None]
 Format = Literal["safetensors", "torch"]
 
+# The most bytes of tensors in one file of a folder, unless told otherwise: as mergekit has it.
+SHARD_SIZE = 5_000_000_000
+# Seconds between two looks at whether the sources are still what was planned.
+_LOOK = 5.0
+# Elements that are read back at once.
+_BLOCK = 1 << 22
 
-def run(plan: Plan, *, format: Format | None = None, progress: Progress | None = None) -> Path:
-    """Carries a plan out.
 
-    Every source tensor is checked for NaN and infinity as it is read. Until the last tensor is written nothing stands
-    under a final name; an error removes what was begun.
+def run(
+    plan: Plan,
+    *,
+    format: Format | None = None,
+    shard_size: int | None = SHARD_SIZE,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
+) -> Path:
+    """Carries a plan out, or on: what an interrupted run of the same plan has finished is kept.
+
+    Every source tensor is checked for NaN and infinity as it is read. Until the last tensor is
+    written nothing stands under a final name. The result does not depend on how often the run was
+    interrupted, nor on the number of processes.
 
     Args:
       plan: made by `make_plan` with an output.
       format: of the output; None: from the output's suffix, a folder being safetensors.
+      shard_size: for a folder of safetensors, the most bytes of tensors in one file; a larger tensor
+        gets a file of its own. None: one file.
       progress: called after each tensor with its name, the bytes written so far, and all bytes.
+      processes: those that run the same plan together; each merges its share of the files.
 
     Returns:
       The output's path.
 
     Raises:
-      PlanError: the plan has no output, or a source has changed since.
+      PlanError: the plan has no output, a source has changed since, or another run is writing there.
       CheckpointError: a source is not finite or cannot be read, or the output cannot be written.
     """
     if plan.output is None:
         raise PlanError(["the plan has no output: give make_plan(..., out=...)"])
-    _check_unchanged(plan)
-    with _output(plan) as target:
-        at_once = any(map(measures_whole_model, plan.merges))
-        merged = _merge_in_memory(plan) if at_once else _merge_by_tensor(plan)
-        _write(plan, target, _reported(merged, plan, progress), format)
-        if not is_file(plan.output):
-            _copy_side_files(plan, target)
-            write_provenance(plan, target)
+    if plan.done:
+        return plan.output
+    chosen = format or ("torch" if _has_torch_suffix(plan.output) else "safetensors")
+    limit = shard_size if chosen == "safetensors" and not is_file(plan.output) else None
+    head = {"fingerprint": plan.fingerprint, "format": chosen, "shard_size": limit}
+    check_unchanged(plan)
+    if processes.index:
+        processes.wait("the place is made")
+    with workplace(plan.output, head, plan.overwrite, processes.index) as place:
+        if not processes.index:
+            processes.wait("the place is made")
+        if chosen == "torch":
+            _write_torch(plan, place, progress)
+        else:
+            _write_safetensors(plan, place, limit, progress, processes)
+    processes.wait("the output is whole")
     return plan.output
+
+
+def _write_safetensors(
+    plan: Plan,
+    place: Workplace,
+    shard_size: int | None,
+    progress: Progress | None,
+    processes: Processes,
+) -> None:
+    """Writes this process's share of the files; the first process then completes the output."""
+    donated, rank = _donated(plan)
+    journal = place.journal
+    _take_all(place)
+    if _is_whole(plan, place):
+        return
+    with (
+        _hashing(plan, place, processes) as hashes,
+        CheckpointWriter(
+            place.target,
+            [TensorInfo.of(t.name, t.shape, t.dtype) for t in plan.tensors],
+            metadata=donated | provenance.metadata(plan, {}),
+            shard_size=shard_size,
+            ties=plan.ties,
+            finished=journal.tensors,
+            share=(processes.index, processes.count),
+        ) as writer,
+    ):
+        names = _pending(plan, writer, rank)
+        steps = _Steps(plan, [name for tied in names.values() for name in tied], progress)
+        for piece in _pieces(plan, [steps.tensors[name] for name in names]):
+            for name in names[piece.name]:
+                digest = writer.write_flat(name, piece.start, piece.values)
+                if digest is not None:
+                    journal.finish_tensor(name, digest)
+            hashes.advance(steps.count(piece, len(names[piece.name])))
+        hashes.finish()
+        if processes.index:
+            writer.close()
+            processes.wait("all is merged")
+            return
+        processes.wait("all is merged")
+        _take_all(place)
+        journal.tensors.update(writer.finished)
+        check_unchanged(plan)
+        _write_beside(plan, place)
+        writer.close(donated | provenance.metadata(plan, _by_file(place)))
+
+
+def _write_torch(plan: Plan, place: Workplace, progress: Progress | None) -> None:
+    """Writes one PyTorch file, which is a whole: from memory, and not to be gone on with."""
+    tensors = [tensor for tensor in plan.tensors if tensor.tied_to is None]
+    steps = _Steps(plan, [tensor.name for tensor in tensors], progress)
+    values: dict[str, np.ndarray] = {}
+    with _hashing(plan, place, ALONE) as hashes:
+        for piece in _pieces(plan, tensors):
+            tensor = steps.tensors[piece.name]
+            if piece.name not in values:
+                values[piece.name] = np.empty(math.prod(tensor.shape), piece.values.dtype)
+            values[piece.name][piece.start : piece.start + piece.values.size] = piece.values
+            hashes.advance(steps.count(piece, 1))
+        hashes.finish()
+    check_unchanged(plan)
+    _write_beside(plan, place)
+    donor = plan.sources[0]
+    save_checkpoint(
+        place.target,
+        {tensor.name: values[tensor.identity].reshape(tensor.shape) for tensor in plan.tensors},
+        format="torch",
+        ties=plan.ties,
+        template=(donor.path, donor.key)
+        if donor.format == "torch" and donor.path.is_file()
+        else None,
+    )
+
+
+def _is_whole(plan: Plan, place: Workplace) -> bool:
+    """Whether an earlier run was stopped after it had put the one file in place."""
+    recorded = place.journal.tensors
+    if not (is_file(place.output) and place.output.exists() and len(recorded) == len(plan.tensors)):
+        return False
+    try:
+        with open_checkpoint(place.output) as checkpoint:
+            return all(
+                name in recorded and recorded[name] == _hash(checkpoint, name)
+                for name in checkpoint.tensors
+            )
+    except CheckpointError:
+        # Something else stands there, which is to be replaced.
+        return False
+
+
+def _hash(checkpoint: Checkpoint, name: str) -> str:
+    digest, size = hashlib.sha256(), math.prod(checkpoint.info(name).shape)
+    for start in range(0, size, _BLOCK):
+        digest.update(as_bytes(checkpoint.read_flat(name, start, min(start + _BLOCK, size))))
+    return digest.hexdigest()
+
+
+def _hashing(plan: Plan, place: Workplace, processes: Processes) -> SourceHashes:
+    mine = plan.sources[processes.index :: processes.count]
+    journal = place.journal
+    return SourceHashes([source.files for source in mine], journal.sources, journal.finish_source)
+
+
+def _take_all(place: Workplace) -> None:
+    """Takes over what other processes, of this run or of an earlier one, have finished."""
+    for path in journals(place):
+        if path != place.journal.path:
+            place.journal.take(path)
+
+
+def _by_file(place: Workplace) -> dict[str, str]:
+    return {file: digest for (file, _, _), digest in place.journal.sources.items()}
+
+
+def _donated(plan: Plan) -> tuple[dict[str, str], dict[str, int]]:
+    """Returns the donor's metadata, and the place of each of its tensors on the disk."""
+    donor = plan.sources[0]
+    with open_checkpoint(donor.path, key=donor.key) as checkpoint:
+        order = {name: place for place, name in enumerate(checkpoint.disk_order())}
+        return {"format": "pt", **checkpoint.metadata}, order
+
+
+def _pending(plan: Plan, writer: CheckpointWriter, rank: Mapping[str, int]) -> dict[str, list[str]]:
+    """Returns what is still to be merged, with the names under which each tensor is still to be written.
+
+    File after file, and within one in the order in which the donor has the tensors on the disk.
+    """
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    files = {file: place for place, file in enumerate(writer.files)}
+
+    def place(name: str) -> tuple[int, int]:
+        first = tensors[name].inputs[0]
+        return files[writer.tensors[name].file], rank.get(first.name, 0)
+
+    names: dict[str, list[str]] = {}
+    for name in sorted(writer.pending, key=place):
+        names.setdefault(tensors[name].identity, []).append(name)
+    return names
+
+
+class _Steps:
+    """Counts bytes, says so, and looks now and then whether the sources are still there."""
+
+    def __init__(self, plan: Plan, names: Iterable[str], progress: Progress | None) -> None:
+        self.tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._plan = plan
+        self._progress = progress
+        self._total = sum(tensor.nbytes for tensor in plan.tensors)
+        self._ahead = sum(self.tensors[name].nbytes for name in names)
+        self._began = self._ahead
+        self._looked = time.monotonic()
+
+    def count(self, piece: Piece, copies: int) -> float:
+        """Counts a piece that was written under so many names; returns the share that is merged."""
+        self._ahead -= piece.values.nbytes * copies
+        if time.monotonic() - self._looked > _LOOK:
+            check_unchanged(self._plan)
+            self._looked = time.monotonic()
+        if self._progress is not None:
+            self._progress(piece.name, self._total - self._ahead, self._total)
+        return 1 - self._ahead / max(self._began, 1)
+
+
+def _write_beside(plan: Plan, place: Workplace) -> None:
+    """Writes all of a folder that is not weights."""
+    if is_file(place.output):
+        return
+    side_files.copy_side_files(plan, place.target)
+    side_files.write_dtype(plan, place.target)
+    hashes = _by_file(place)
+    provenance.write_record(plan, place.target, hashes, place.journal.tensors)
+    copied = (plan.sources[0].path / model_card.CARD).exists()
+    record = provenance.record(plan, hashes)
+    model_card.write_card(place.target, record, place.output.name, copied=copied)
 
 
 def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray] | None]:
@@ -85,7 +292,26 @@ def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.
     return models, None if plan.base is None else base
 
 
-def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
+class Piece(NamedTuple):
+    """Successive elements of one tensor of the output, flat and in its dtype."""
+
+    name: str
+    start: int
+    values: np.ndarray
+    last: bool
+
+
+def _pieces(plan: Plan, tensors: Sequence[PlannedTensor]) -> Iterator[Piece]:
+    """Merges tensors in the order given."""
+    at_once = any(map(measures_whole_model, plan.merges))
+    merged = _merge_in_memory(plan, tensors) if at_once else _merge_by_tensor(plan, tensors)
+    for name, array in merged:
+        yield Piece(name, 0, array.reshape(-1), True)
+
+
+def _merge_in_memory(
+    plan: Plan, tensors: Sequence[PlannedTensor]
+) -> Iterator[tuple[str, np.ndarray]]:
     """For methods that measure the whole model before they write a tensor."""
     models, base = load_sources(plan)
     untied = [tensor.name for tensor in plan.tensors if tensor.tied_to is None]
@@ -101,11 +327,13 @@ def _merge_in_memory(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
             **hyperparameters,
         )
     merged = method.params_of(merged)
-    for tensor in plan.tensors:
+    for tensor in tensors:
         yield tensor.name, _stored(merged[tensor.tied_to or tensor.name], tensor)
 
 
-def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
+def _merge_by_tensor(
+    plan: Plan, tensors: Sequence[PlannedTensor]
+) -> Iterator[tuple[str, np.ndarray]]:
     """One tensor at a time; memory holds one tensor of every source."""
     key = jax.random.key(plan.seed)
     with _open_all(plan) as checkpoints:
@@ -113,7 +341,7 @@ def _merge_by_tensor(plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
         def read(one: PlannedInput) -> np.ndarray:
             return read_whole(checkpoints, plan, one)
 
-        for tensor in plan.tensors:
+        for tensor in tensors:
             if tensor.action == "carry":
                 yield tensor.name, read(tensor.models[0])
                 continue
@@ -155,129 +383,5 @@ def _stored(merged: Any, tensor: PlannedTensor) -> np.ndarray:
     return array if array.dtype.name == tensor.dtype else array.astype(storage_dtype(tensor.dtype))
 
 
-def _reported(
-    merged: Iterator[tuple[str, np.ndarray]], plan: Plan, progress: Progress | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    done, total = 0, sum(tensor.nbytes for tensor in plan.tensors)
-    for name, array in merged:
-        yield name, array
-        done += array.nbytes
-        if progress is not None:
-            progress(name, done, total)
-
-
-def _write(
-    plan: Plan, target: Path, merged: Iterator[tuple[str, np.ndarray]], format: Format | None
-) -> None:
-    donor = plan.sources[0]
-    chosen = format or ("torch" if _has_torch_suffix(target) else "safetensors")
-    if chosen == "torch":
-        template = (donor.path, donor.key) if _is_single_torch_file(plan) else None
-        tensors = dict(merged)
-        save_checkpoint(target, tensors, format="torch", ties=plan.ties, template=template)
-        return
-    infos = [TensorInfo.of(t.name, t.shape, t.dtype) for t in plan.tensors]
-    with open_checkpoint(donor.path, key=donor.key) as checkpoint:
-        metadata = {"format": "pt", **checkpoint.metadata}
-    with CheckpointWriter(target, infos, metadata=metadata, ties=plan.ties) as writer:
-        for name, array in merged:
-            writer.write(name, array)
-
-
-def _has_torch_suffix(target: Path) -> bool:
-    return is_file(target) and target.suffix != ".safetensors"
-
-
-def _is_single_torch_file(plan: Plan) -> bool:
-    return plan.sources[0].format == "torch" and plan.sources[0].path.is_file()
-
-
-def _check_unchanged(plan: Plan) -> None:
-    problems = []
-    for source in plan.sources:
-        for file, size, changed in source.files:
-            try:
-                stat = os.stat(file)
-            except OSError as error:
-                problems.append(f"{file}: cannot be read any more ({error.strerror})")
-                continue
-            if (stat.st_size, stat.st_mtime_ns) != (size, changed):
-                problems.append(f"{file}: has changed since the plan was made; plan again")
-    if problems:
-        raise PlanError(problems)
-
-
-@contextlib.contextmanager
-def _output(plan: Plan) -> Iterator[Path]:
-    """Gives the place to write to, and makes it the output at the end, or removes what was begun.
-
-    A new folder is written in place under a marker that says unfinished. A folder that is to be replaced stays whole
-    until the new one is.
-    """
-    output = plan.output
-    assert output is not None
-    if is_file(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield output
-        return
-    replaces = output.is_dir() and any(output.iterdir()) and not plan.resumes
-    target = output.with_name(f".{output.name}.partial") if replaces else output
-    made = not target.is_dir()
-    if not made:
-        _clear(target)
-    target.mkdir(parents=True, exist_ok=True)
-    mark_unfinished(target, plan.fingerprint)
-    try:
-        yield target
-    except BaseException:
-        _clear(target)
-        if made:
-            target.rmdir()
-        raise
-    unmark(target)
-    if replaces:
-        old = output.with_name(f".{output.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        target.rename(output)
-        shutil.rmtree(old)
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _copy_side_files(plan: Plan, target: Path) -> None:
-    """Everything of the donor's folder that is not weights: config, tokenizer, model card's assets."""
-    folder = plan.sources[0].path
-    if not folder.is_dir():
-        return
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not _is_weights(file) and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-
-
-def _is_weights(file: Path) -> bool:
-    weights: Mapping[str, None] = dict.fromkeys(
-        (
-            ".safetensors",
-            ".bin",
-            ".pt",
-            ".pth",
-            ".tar",
-            ".ckpt",
-            ".gguf",
-            ".h5",
-            ".msgpack",
-            ".onnx",
-        )
-    )
-    return file.suffix in weights or file.name.endswith(".index.json") or file.name in GENERATED
-
-
-# Written anew by every merge, never copied from a source.
-GENERATED = ("jaxmerge.json", "recipe.yaml", UNFINISHED)
+def _has_torch_suffix(output: Path) -> bool:
+    return is_file(output) and output.suffix != ".safetensors"

@@ -1,0 +1,95 @@
+"""Everything in a model's folder that is not weights: it goes with the model."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmerge.recipes.output import RECORD, UNFINISHED
+from jaxmerge.recipes.plan import Plan
+
+CONFIG = "config.json"
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack"),
+    *(".onnx", ".partial", ".index.json"),
+)
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+# Written anew by every merge.
+_GENERATED = frozenset({RECORD, "recipe.yaml", UNFINISHED})
+# What tools keep in a folder for themselves.
+_PRIVATE = frozenset({".git", ".cache", "__pycache__"})
+
+
+def copy_side_files(plan: Plan, target: Path) -> None:
+    """Copies every file of the donor's folder, nested ones too, that is not weights.
+
+    Code is data: it is copied, and never run. Links to files are followed, as the files of a hub's
+    cache are links; links to folders are not.
+
+    Args:
+        plan: whose first source is the donor.
+        target: the output folder.
+    """
+    donor = plan.sources[0].path
+    for name in side_files(donor):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(donor / name, target / name)
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Yields the files of a model's folder that are not weights, by their names within it.
+
+    Args:
+        folder: of a model; a file has none.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _PRIVATE)
+        for name in sorted(files):
+            inside = (Path(place) / name).relative_to(folder)
+            weights = name.endswith(_WEIGHTS) or str(inside) in _GENERATED
+            if not weights and (folder / inside).is_file():
+                yield inside
+
+
+def write_dtype(plan: Plan, target: Path) -> None:
+    """Says in the output's `config.json` in which dtype its weights are.
+
+    The dtype is that of most merged bytes. Where the config, or one nested in it, has `dtype` or
+    `torch_dtype`, that entry is set. Where it has neither and the recipe asks for a dtype,
+    `torch_dtype` is added, which all versions of transformers read.
+    """
+    file = target / CONFIG
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in plan.tensors:
+        if tensor.action == "merge":
+            sizes[tensor.dtype] += tensor.nbytes
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not sizes or not isinstance(config, dict):
+        return
+    dtype = sizes.most_common(1)[0][0]
+    found = _with_dtype(config, dtype)
+    if plan.resolved.written_dtype and not any(key in config for key in _DTYPE_KEYS):
+        found["torch_dtype"] = dtype
+    if found != config:
+        file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns the config with every entry that names a dtype of weights set, nested configs too."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS and isinstance(value, str):
+            changed[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config"):
+            changed[key] = _with_dtype(value, dtype)
+        else:
+            changed[key] = value
+    return changed
