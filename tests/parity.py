@@ -76,6 +76,7 @@ def assert_parity(
 def assert_round_trip(family: str, model: Any, folder: Path, seed: int = 0) -> None:
     """Random bits in a family's layout come back as they were, by name alone and with the config derived."""
     tensors = random_checkpoint(family, model, seed)
+    folder.mkdir(exist_ok=True)
     source, target = folder / "source.safetensors", folder / "target"
     save_checkpoint(source, tensors)
     _, params, config = load_model(source, family=family, config=model)
@@ -104,3 +105,19 @@ def random_checkpoint(family: str, model: Any, seed: int = 0) -> Mapping[str, np
         if name.endswith("num_batches_tracked")
     }
     return tensors | counters
+
+
+def images(height: int, width: int, *, batch: int = 2, seed: int = 0) -> np.ndarray:
+    """Random images [batch, height, width, 3]."""
+    shape = (batch, height, width, 3)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def layer_norm_2d(torch: Any) -> type:
+    """A LayerNorm over the channels of each pixel of [batch, channels, height, width]."""
+
+    class LayerNorm2d(torch.nn.LayerNorm):  # type: ignore[misc,name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return LayerNorm2d

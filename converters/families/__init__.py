@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from jaxmerge.converters.errors import CheckpointError, nearest
-from jaxmerge.converters.families import bert, clip, mlp, t5, vit
+from jaxmerge.converters.families import (
+    bert,
+    cct,
+    clip,
+    driving,
+    inverted_residual,
+    mlp,
+    resnet,
+    t5,
+    vgg,
+    vit,
+)
 from jaxmerge.converters.families.family import ApplyFn, Family
 from jaxmerge.converters.families.rules import Rule, Transform, as_is, convolution, linear
 
@@ -33,6 +44,15 @@ FAMILIES: dict[str, Family] = {
         vit.VIT_TIMM,
         clip.CLIP_TOWERS,
         t5.T5_STACKS,
+        vgg.VGG_TORCHVISION,
+        vgg.VGG_CIFAR,
+        resnet.RESNET,
+        resnet.RESNET_CIFAR,
+        inverted_residual.MOBILENET,
+        inverted_residual.EFFICIENTNET_LITE,
+        cct.CCT_FAMILY,
+        driving.PILOTNET,
+        driving.DRIVING_TRANSFORMER,
     )
 }
 

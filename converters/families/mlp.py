@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.converters.errors import CheckpointError
+from jaxmerge.converters.families import layers
 from jaxmerge.converters.families.family import Family, from_plain_json
-from jaxmerge.converters.families.rules import Rule, as_is, linear
+from jaxmerge.converters.families.rules import Rule
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.mlp import MLP, MLPConfig
 
@@ -33,28 +33,16 @@ def _rules(layer: Callable[[int], str], config: MLPConfig) -> list[Rule]:
     return [
         rule
         for i in range(len(config.features) - 1)
-        for rule in (
-            Rule(f"{layer(i)}.weight", f"params/dense_{i}/kernel", linear()),
-            Rule(f"{layer(i)}.bias", f"params/dense_{i}/bias", as_is()),
-        )
+        for rule in layers.dense(layer(i), f"dense_{i}")
     ]
 
 
 def _config_of(
     layer: Callable[[int], str], json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> MLPConfig:
-    if json:
-        return from_plain_json(MLPConfig, json)
-    shapes: list[tuple[int, ...]] = []
-    while (info := tensors.get(f"{layer(len(shapes))}.weight")) is not None:
-        if len(info.shape) != 2:
-            raise CheckpointError(
-                f"tensor {info.name!r}: expected a matrix [out, in], found shape {list(info.shape)}"
-            )
-        shapes.append(info.shape)
-    if not shapes:
-        raise CheckpointError(f"no tensor {layer(0) + '.weight'!r}")
-    return MLPConfig((shapes[0][1], *(shape[0] for shape in shapes)))
+    shapes = layers.shapes_of(tensors, lambda i: f"{layer(i)}.weight", 2)
+    features = [shapes[0][1], *(shape[0] for shape in shapes)]
+    return from_plain_json(MLPConfig, {"features": features, **json})
 
 
 def _inputs(config: MLPConfig) -> jax.ShapeDtypeStruct:

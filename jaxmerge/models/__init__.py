@@ -1,28 +1,49 @@
 """Flax (linen) definitions of model families that people merge.
 
-Each family is a frozen `Config` of plain values and a module that takes it. A module is pure: `module.apply(variables,
-inputs)` gives logits or hidden states; images are [batch, height, width, channels].
+Each family is a frozen `Config` of plain values and a module that takes it. A module is pure:
+`module.apply(variables, inputs)` gives logits or hidden states; images are [batch, height, width, channels].
+
+Modules with batch norms have a static argument `train`: `module.apply(variables, images, train=True,
+mutable=["batch_stats"])` normalises by the batch and gives the moved running statistics beside the logits.
 """
 
 from jaxmerge.models.activations import ACTIVATIONS
 from jaxmerge.models.bert import Bert, BertConfig
+from jaxmerge.models.cct import CCT, CCTConfig
 from jaxmerge.models.clip import CLIP, CLIPConfig, CLIPTextConfig, image_features, text_features
+from jaxmerge.models.driving_transformer import DrivingTransformer, DrivingTransformerConfig
+from jaxmerge.models.inverted_residual import InvertedResidualConfig, InvertedResidualNet
 from jaxmerge.models.mlp import MLP, MLPConfig
+from jaxmerge.models.pilotnet import PilotNet, PilotNetConfig
 from jaxmerge.models.pooling import pool
+from jaxmerge.models.resnet import ResNet, ResNetConfig
 from jaxmerge.models.t5 import T5, T5Config
+from jaxmerge.models.vgg import VGG, VGGConfig
 from jaxmerge.models.vit import ViT, ViTConfig
 
 __all__ = [
     "ACTIVATIONS",
+    "CCT",
     "CLIP",
     "MLP",
     "T5",
+    "VGG",
     "Bert",
     "BertConfig",
+    "CCTConfig",
     "CLIPConfig",
     "CLIPTextConfig",
+    "DrivingTransformer",
+    "DrivingTransformerConfig",
+    "InvertedResidualConfig",
+    "InvertedResidualNet",
     "MLPConfig",
+    "PilotNet",
+    "PilotNetConfig",
+    "ResNet",
+    "ResNetConfig",
     "T5Config",
+    "VGGConfig",
     "ViT",
     "ViTConfig",
     "image_features",

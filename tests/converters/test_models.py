@@ -123,7 +123,7 @@ def test_a_merge_with_the_layout_is_the_merge_of_the_checkpoints(tmp_path: Path)
         ),
         (
             {"fc1.weight": np.zeros(5, "f4")},
-            r"tensor .fc1.weight.: expected a matrix \[out, in\], found shape \[5\]",
+            r"tensor .fc1.weight.: expected 2 dimensions, found shape \[5\]",
         ),
         ({"fc1.weight": None}, "no tensor 'fc1.weight'"),
     ],
@@ -157,7 +157,6 @@ def test_what_no_family_has_lists_why(tmp_path: Path) -> None:
             "model_type 'mpl_fc', which no family reads. Nearest: 'mlp_fc'",
         ),
         ({}, {"model_type": "mlp_fc", "width": 3}, "MLPConfig has no field 'width'"),
-        ({}, {"model_type": "mlp_fc"}, "MLPConfig: features: Field required"),
         (
             {},
             {"model_type": "mlp_fc", "features": 3},

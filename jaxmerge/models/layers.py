@@ -1,0 +1,131 @@
+"""Layers that the families share, with the semantics of PyTorch's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+NORMS = ("batch", "group", "layer", "none")
+"""Kinds of normalisation: over the batch with running statistics; over groups of channels; over the channels of each
+pixel; none."""
+
+MOMENTUM = 0.9
+"""Share of the old running statistics that a training step keeps, as Flax counts it; PyTorch's 0.1 is the same."""
+
+Layer = Callable[[jax.Array], jax.Array]
+
+
+def convolution(
+    features: int,
+    kernel: int,
+    *,
+    name: str,
+    dtype: str,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    padding: int | str | None = None,
+) -> nn.Conv:
+    """A convolution of images with a square kernel.
+
+    Args:
+      features: channels that come out.
+      kernel: its side.
+      name: in the tree.
+      dtype: of the computation.
+      stride: in both directions.
+      groups: of channels; as many as come in for a depthwise one.
+      bias: whether it has one.
+      padding: pixels at each border; None: kernel // 2; "SAME": as TensorFlow does it, more at the end.
+    """
+    at_borders = kernel // 2 if padding is None else padding
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        at_borders if isinstance(at_borders, str) else [(at_borders, at_borders)] * 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        dtype=jnp.dtype(dtype),
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+def norm(
+    kind: str, *, name: str, dtype: str, train: bool, groups: int = 8, epsilon: float = 1e-5
+) -> Layer:
+    """A normalisation out of `NORMS`; with `train` a batch norm normalises by its batch and moves its statistics.
+
+    PyTorch moves the running variance by the unbiased variance of the batch, Flax by the biased one; nothing else
+    differs.
+    """
+    options: dict[str, Any] = {"epsilon": epsilon, "dtype": jnp.dtype(dtype), "name": name}
+    if kind == "batch":
+        return nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM, **options)
+    if kind == "group":
+        return nn.GroupNorm(num_groups=groups, use_fast_variance=False, **options)
+    if kind == "layer":
+        return nn.LayerNorm(use_fast_variance=False, **options)
+    if kind == "none":
+        return lambda inputs: inputs
+    raise ValueError(f"norm {kind!r} is none of {', '.join(NORMS)}")
+
+
+def max_pool(images: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """Maxima over square windows; the border adds nothing."""
+    return nn.max_pool(images, (window, window), (stride, stride), [(padding, padding)] * 2)
+
+
+def adaptive_mean_pool(images: jax.Array, size: int) -> jax.Array:
+    """Means over size x size windows that cover the image, as PyTorch's `AdaptiveAvgPool2d` cuts it.
+
+    Example:
+      >>> adaptive_mean_pool(jnp.arange(6.0).reshape(1, 3, 2, 1), 2)[0, :, :, 0]
+      Array([[1., 2.],
+             [3., 4.]], dtype=float32)
+    """
+    height, width = images.shape[1:3]
+    if (height, width) == (size, size):
+        return images
+    if size == 1:
+        return jnp.mean(images, axis=(1, 2), keepdims=True)
+    rows, columns = _windows(height, size), _windows(width, size)
+    return jnp.einsum("ih,jw,nhwc->nijc", rows, columns, images).astype(images.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Softmax attention among all tokens; queries, keys and values in one fused kernel [width, 3, heads, head].
+
+    Attributes:
+      heads: how many.
+      bias: whether the fused projection has a bias; the one that comes out always has.
+      dtype: of the computation; the softmax is in float32.
+    """
+
+    heads: int
+    bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens [batch, n, width] -> [batch, n, width]."""
+        width, dtype = tokens.shape[-1], jnp.dtype(self.dtype)
+        head = width // self.heads
+        fused = nn.DenseGeneral((3, self.heads, head), use_bias=self.bias, dtype=dtype, name="qkv")(
+            tokens
+        )
+        query, key, value = (fused[:, :, i] for i in range(3))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head**-0.5, key)
+        weights = nn.softmax(scores.astype(jnp.float32)).astype(dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, name="out")(mixed)
+
+
+def _windows(length: int, size: int) -> jax.Array:
+    """[size, length]: row i holds the weights of window i."""
+    i, at = jnp.arange(size)[:, None], jnp.arange(length)[None]
+    inside = (at >= i * length // size) & (at < -(-(i + 1) * length // size))
+    return inside / jnp.sum(inside, axis=1, keepdims=True)
