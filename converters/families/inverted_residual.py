@@ -52,7 +52,7 @@ def _efficientnet_rules(config: InvertedResidualConfig) -> list[Rule]:
 def _mobilenet_config(
     json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> InvertedResidualConfig:
-    names = []
+    names: list[tuple[str, str]] = []
     while f"features.{len(names) + 1}.conv.0.0.weight" in tensors:
         name = f"features.{len(names) + 1}.conv"
         # Two or three convolutions; the last one's name has one number less.
@@ -66,7 +66,7 @@ def _mobilenet_config(
 def _efficientnet_config(
     json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> InvertedResidualConfig:
-    names = []
+    names: list[tuple[str, str]] = []
     while f"_blocks.{len(names)}._depthwise_conv.weight" in tensors:
         name = f"_blocks.{len(names)}"
         names.append((f"{name}._depthwise_conv", f"{name}._project_conv"))
