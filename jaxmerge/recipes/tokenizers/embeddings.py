@@ -1,0 +1,88 @@
+"""Which tensors have one row for each token: embeddings, output heads and their biases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmerge.converters import TensorInfo
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings|embedding"
+    r"|token_embedding|tokens_embed)\.weight$"
+)
+_TABLE = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|shared|embeddings|embedding"
+    r"|token_embedding|tokens_embed|lm_head|lm_head\.\w+|embed_out|output|output_layer|decoder"
+    r"|predictions|vocab_projector|linear|lm_bias|generator)(\.(weight|bias))?$"
+)
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def vocabulary_size(config: Mapping[str, Any] | None) -> int | None:
+    """Returns the size of the vocabulary by a `config.json`, nested ones included.
+
+    >>> vocabulary_size({"text_config": {"vocab_size": 32000}})
+    32000
+    """
+    for key in vocabulary_keys(config or {}):
+        value: Any = config
+        for part in key:
+            value = value[part]
+        return int(value)
+    return None
+
+
+def vocabulary_keys(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the paths of `vocab_size` in a config, the one that counts first."""
+    paths: list[tuple[str, ...]] = []
+    for prefix in ((), ("text_config",), ("llm_config",), ("language_config",)):
+        part: Any = config
+        for key in prefix:
+            part = part.get(key) if isinstance(part, Mapping) else None
+        size = part.get("vocab_size") if isinstance(part, Mapping) else None
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+            paths.append((*prefix, "vocab_size"))
+    return paths
+
+
+def embedding_rows(tensors: Mapping[str, TensorInfo], size: int | None) -> int | None:
+    """Returns how many rows a model's embedding has.
+
+    Args:
+        tensors: the model's.
+        size: of its vocabulary by its config, if that says so.
+
+    Returns:
+        The rows; where no tensor is known for an embedding, `size`.
+    """
+    rows = [
+        info.shape[0]
+        for name, info in tensors.items()
+        if _EMBEDDING.search(name) and len(info.shape) == 2
+    ]
+    if size in rows or not rows:
+        return size
+    return rows[0]
+
+
+def vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int) -> set[str]:
+    """Returns the tensors with a row for each token.
+
+    A name that says so is taken at its word where the tensor has the right number of rows. Any
+    other tensor outside the layers with that number of rows is one too, unless tensors within the
+    layers have that many rows as well.
+
+    Args:
+        tensors: a model's.
+        rows: of its embedding.
+    """
+    common = {i.shape[0] for n, i in tensors.items() if i.shape and _LAYER.search(n)}
+    return {
+        name
+        for name, info in tensors.items()
+        if info.shape
+        and info.shape[0] == rows
+        and (_TABLE.search(name) or (rows not in common and not _LAYER.search(name)))
+    }
