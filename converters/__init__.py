@@ -1,10 +1,11 @@
-"""Checkpoints in and out: safetensors and PyTorch files, as flat dicts of arrays or as Flax models."""
+"""Checkpoints in and out: safetensors, PyTorch and GGUF files, as flat dicts of arrays or as Flax models."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxmerge.converters.address import split_key
 from jaxmerge.converters.checkpoint import load_checkpoint, open_checkpoint
+from jaxmerge.converters.converting import Converted, convert
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.finite import non_finite
 from jaxmerge.converters.quantised import refuse_quantised
@@ -23,8 +24,10 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "Converted",
     "ModelConfig",
     "TensorInfo",
+    "convert",
     "families",
     "load_checkpoint",
     "load_model",

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jaxmerge.cli import doctor, merge, methods, plan, quickstart, sweep
+from jaxmerge.cli import convert, doctor, merge, methods, plan, quickstart, sweep
 from jaxmerge.cli.consoles import say
 from jaxmerge.cli.failures import EXIT_CODES, Commands
 
@@ -45,6 +45,7 @@ for _command in (
     plan.plan,
     methods.methods,
     sweep.sweep,
+    convert.convert,
     doctor.doctor,
     quickstart.quickstart,
 ):

@@ -1,0 +1,54 @@
+"""Everything in a model's folder that is not weights: it goes with the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack"),
+    *(".onnx", ".partial", ".index.json"),
+)
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+# What tools keep in a folder for themselves.
+_PRIVATE = frozenset({".git", ".cache", "__pycache__"})
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Yields the files of a model's folder that are not weights, nested ones too, by their names within it.
+
+    Links to files are followed, as the files of a hub's cache are links; links to folders are not.
+
+    Args:
+      folder: of a model; a file has none.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in _PRIVATE)
+        for name in sorted(files):
+            inside = (Path(place) / name).relative_to(folder)
+            if not name.endswith(_WEIGHTS) and (folder / inside).is_file():
+                yield inside
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns a config.json in which every entry that names a dtype of weights is set, nested configs too.
+
+    Args:
+      config: the parsed config.
+      dtype: its name, as "bfloat16".
+
+    Example:
+      >>> with_dtype({"torch_dtype": "float32", "text_config": {"dtype": "float32"}}, "bfloat16")
+      {'torch_dtype': 'bfloat16', 'text_config': {'dtype': 'bfloat16'}}
+    """
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS and isinstance(value, str):
+            changed[key] = dtype
+        elif isinstance(value, dict) and key.endswith("_config"):
+            changed[key] = with_dtype(value, dtype)
+        else:
+            changed[key] = value
+    return changed
