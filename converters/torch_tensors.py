@@ -81,9 +81,13 @@ def to_numpy(torch: ModuleType, tensor: Any, dtype: np.dtype) -> np.ndarray:
     array = np.empty(tuple(tensor.shape), dtype)
     if array.size == 0:
         return array
+    tensor = tensor.detach()
     target = torch.from_numpy(array.reshape(-1).view(np.uint8))
-    target = target.view(tensor.dtype).view(tensor.shape)
-    target.copy_(tensor.detach())
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        # One plain copy; torch would share it out to threads, which costs more than it saves.
+        target.numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
+    else:
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     return array
 
 
