@@ -287,12 +287,13 @@ def test_an_output_file_in_use_is_refused(folder: Path) -> None:
 def test_only_the_very_plan_resumes(folder: Path) -> None:
     (folder / "out").mkdir()
     marker = folder / "out" / UNFINISHED
-    marker.write_text(json.dumps({"fingerprint": plan().fingerprint}))
+    marker.write_text(json.dumps({"fingerprint": plan().fingerprint}) + "\n")
+    (folder / "out" / "model.safetensors.partial").write_bytes(b"begun")
     assert plan(out="out").resumes
-    assert not plan(out="out", overwrite=True).resumes
+    assert plan(out="out", overwrite=True).resumes
     assert "an unfinished run of another plan" in problems(out="out", seed=1)[0]
     marker.write_text("{")
-    assert "an unfinished run of another plan" in problems(out="out")[0]
+    assert "is not empty (model.safetensors.partial)" in problems(out="out")[0]
 
 
 @pytest.mark.parametrize("out", ["a", "a/model.safetensors", "."])
@@ -314,7 +315,8 @@ def test_no_space_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     assert "no space: the output takes 66 B, and" in problems(out="out")[0]
     (folder / "out").mkdir()
-    (folder / "out" / UNFINISHED).write_text(json.dumps({"fingerprint": plan().fingerprint}))
+    (folder / "out" / UNFINISHED).write_text(json.dumps({"fingerprint": plan().fingerprint}) + "\n")
+    (folder / "out" / "model.safetensors.partial").write_bytes(bytes(66))
     assert plan(out="out").resumes
 
 
