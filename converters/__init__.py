@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxmerge.converters.model_config import ModelConfig
     from jaxmerge.converters.model_loading import load_model
     from jaxmerge.converters.model_saving import save_model
+    from jaxmerge.converters.model_stacking import stack_model, unstack_model
 
 __all__ = [
     "Checkpoint",
@@ -37,6 +38,8 @@ __all__ = [
     "save_checkpoint",
     "save_model",
     "split_key",
+    "stack_model",
+    "unstack_model",
 ]
 
 # Loaded at first use: reading and writing tensors needs no Flax.
@@ -44,6 +47,8 @@ _MODELS = {
     "ModelConfig": "model_config",
     "load_model": "model_loading",
     "save_model": "model_saving",
+    "stack_model": "model_stacking",
+    "unstack_model": "model_stacking",
 }
 
 

@@ -7,7 +7,9 @@ from jaxmerge.converters.families import (
     bert,
     cct,
     clip,
+    decoder,
     driving,
+    gpt2,
     inverted_residual,
     mlp,
     resnet,
@@ -53,6 +55,9 @@ FAMILIES: dict[str, Family] = {
         cct.CCT_FAMILY,
         driving.PILOTNET,
         driving.DRIVING_TRANSFORMER,
+        *decoder.DECODERS,
+        gpt2.GPT2_LM,
+        gpt2.GPT2_BODY,
     )
 }
 
