@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jaxmerge.cli import convert, doctor, merge, methods, plan, quickstart, sweep
+from jaxmerge.cli import convert, doctor, merge, methods, plan, quickstart, reproduce, sweep
 from jaxmerge.cli.consoles import say
 from jaxmerge.cli.failures import EXIT_CODES, Commands
 
@@ -43,6 +43,7 @@ def _options(
 for _command in (
     merge.merge,
     plan.plan,
+    reproduce.reproduce,
     methods.methods,
     sweep.sweep,
     convert.convert,

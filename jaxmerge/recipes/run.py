@@ -122,7 +122,7 @@ def _write_safetensors(
     ):
         names = _pending(plan, writer, rank)
         steps = _Steps(plan, [name for tied in names.values() for name in tied], progress)
-        for piece in _pieces(plan, [steps.tensors[name] for name in names]):
+        for piece in pieces(plan, [steps.tensors[name] for name in names]):
             for name in names[piece.name]:
                 digest = writer.write_flat(name, piece.start, piece.values)
                 if digest is not None:
@@ -147,7 +147,7 @@ def _write_torch(plan: Plan, place: Workplace, progress: Progress | None) -> Non
     steps = _Steps(plan, [tensor.name for tensor in tensors], progress)
     values: dict[str, np.ndarray] = {}
     with _hashing(plan, place, ALONE) as hashes:
-        for piece in _pieces(plan, tensors):
+        for piece in pieces(plan, tensors):
             tensor = steps.tensors[piece.name]
             if piece.name not in values:
                 values[piece.name] = np.empty(math.prod(tensor.shape), piece.values.dtype)
@@ -261,8 +261,7 @@ def _write_beside(plan: Plan, place: Workplace) -> None:
     """Writes all of a folder that is not weights."""
     if is_file(place.output):
         return
-    side_files.copy_side_files(plan, place.target)
-    side_files.write_dtype(plan, place.target)
+    side_files.write_side_files(plan, place.target)
     hashes = _by_file(place)
     provenance.write_record(plan, place.target, hashes, place.journal.tensors)
     copied = (plan.sources[0].path / model_card.CARD).exists()
@@ -301,7 +300,7 @@ class Piece(NamedTuple):
     last: bool
 
 
-def _pieces(plan: Plan, tensors: Sequence[PlannedTensor]) -> Iterator[Piece]:
+def pieces(plan: Plan, tensors: Sequence[PlannedTensor]) -> Iterator[Piece]:
     """Merges tensors in the order given."""
     at_once = any(map(measures_whole_model, plan.merges))
     merged = _merge_in_memory(plan, tensors) if at_once else _merge_by_tensor(plan, tensors)

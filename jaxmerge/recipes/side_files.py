@@ -25,11 +25,12 @@ _GENERATED = frozenset({RECORD, "recipe.yaml", UNFINISHED})
 _PRIVATE = frozenset({".git", ".cache", "__pycache__"})
 
 
-def copy_side_files(plan: Plan, target: Path) -> None:
-    """Copies every file of the donor's folder, nested ones too, that is not weights.
+def write_side_files(plan: Plan, target: Path) -> None:
+    """Writes all that loaders of a merged model need beside its weights.
 
-    Code is data: it is copied, and never run. Links to files are followed, as the files of a hub's
-    cache are links; links to folders are not.
+    Every file of the donor's folder, nested ones too, that is not weights is copied. Code is data: it
+    is copied, and never run. Links to files are followed, as the files of a hub's cache are links;
+    links to folders are not. `config.json` gets the output's dtype.
 
     Args:
         plan: whose first source is the donor.
@@ -39,6 +40,7 @@ def copy_side_files(plan: Plan, target: Path) -> None:
     for name in side_files(donor):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(donor / name, target / name)
+    _write_dtype(plan, target)
 
 
 def side_files(folder: Path) -> Iterator[Path]:
@@ -56,7 +58,7 @@ def side_files(folder: Path) -> Iterator[Path]:
                 yield inside
 
 
-def write_dtype(plan: Plan, target: Path) -> None:
+def _write_dtype(plan: Plan, target: Path) -> None:
     """Says in the output's `config.json` in which dtype its weights are.
 
     The dtype is that of most merged bytes. Where the config, or one nested in it, has `dtype` or

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmerge import recipes
 from jaxmerge.cli import consoles
-from jaxmerge.converters import load_checkpoint, open_checkpoint
+from jaxmerge.converters import CheckpointWriter, load_checkpoint, open_checkpoint
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
@@ -60,7 +60,7 @@ def test_overwrite_replaces(folder: Path, call: Any) -> None:
     assert not np.array_equal(load_checkpoint("out")["fc.weight"], before)
 
 
-def test_an_interrupted_merge_says_that_nothing_remains(
+def test_a_merge_interrupted_at_once_says_that_nothing_remains(
     folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
@@ -147,3 +147,39 @@ def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert consoles._console(Terminal()).no_color is False  # type: ignore[arg-type]
     monkeypatch.setenv("NO_COLOR", "1")
     assert consoles._console(Terminal()).no_color is True  # type: ignore[arg-type]
+
+
+def test_an_interrupted_merge_says_how_to_go_on(
+    folder: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_flat, calls = CheckpointWriter.write_flat, 0
+
+    def interrupted(self: CheckpointWriter, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return write_flat(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "write_flat", interrupted)
+        result = call("merge", "ties.yaml", "out")
+    assert result.exit_code == 130
+    message = "out is unfinished; the same command goes on where it stopped"
+    assert result.stderr == f"error: interrupted; {message}\n"
+    result = call("merge", "ties.yaml", "out")
+    assert result.exit_code == 0
+    assert result.stderr == "note: goes on with the unfinished run in out\n"
+    again = call("merge", "ties.yaml", "out")
+    assert again.exit_code == 0
+    assert again.stdout.startswith("out: is the result of this merge already")
+
+
+def test_shards_have_the_size_asked_for(folder: Path, call: Any) -> None:
+    assert call("merge", "ties.yaml", "out", "--shard-size", "100B").exit_code == 0
+    assert call("merge", "ties.yaml", "small", "--out-shard-size", "0.1K").exit_code == 0
+    assert len(list(Path("out").glob("*.safetensors"))) == 1
+    assert len(list(Path("small").glob("*.safetensors"))) == 3
+    bad = call("merge", "ties.yaml", "bad", "--shard-size", "many")
+    assert bad.exit_code == 2
+    assert "expected a size such as 5GB or 500MB, found 'many'" in bad.stderr
