@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxmerge.converters.model_loading import load_model
     from jaxmerge.converters.model_saving import save_model
     from jaxmerge.converters.model_stacking import stack_model, unstack_model
+    from jaxmerge.converters.nnx_state import from_nnx_state, to_nnx_state
+    from jaxmerge.converters.orbax_folder import load_orbax, save_orbax
 
 __all__ = [
     "Checkpoint",
@@ -30,24 +32,32 @@ __all__ = [
     "TensorInfo",
     "convert",
     "families",
+    "from_nnx_state",
     "load_checkpoint",
     "load_model",
+    "load_orbax",
     "non_finite",
     "open_checkpoint",
     "refuse_quantised",
     "save_checkpoint",
     "save_model",
+    "save_orbax",
     "split_key",
     "stack_model",
+    "to_nnx_state",
     "unstack_model",
 ]
 
 # Loaded at first use: reading and writing tensors needs no Flax.
 _MODELS = {
     "ModelConfig": "model_config",
+    "from_nnx_state": "nnx_state",
     "load_model": "model_loading",
+    "load_orbax": "orbax_folder",
     "save_model": "model_saving",
+    "save_orbax": "orbax_folder",
     "stack_model": "model_stacking",
+    "to_nnx_state": "nnx_state",
     "unstack_model": "model_stacking",
 }
 

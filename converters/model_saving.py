@@ -101,7 +101,7 @@ def to_checkpoint(
       CheckpointError: leaves that are missing, unexpected or of another shape than the config says.
     """
     leaves, _ = flatten(params)
-    _check(leaves, config, where)
+    check_leaves(leaves, config, where)
     tensors: dict[str, np.ndarray] = {}
     for path, layout in config.layout.items():
         leaf = np.asarray(leaves[path])
@@ -121,7 +121,12 @@ def to_tensor(leaf: np.ndarray, layout: TensorLayout) -> np.ndarray:
     return leaf if layout.shape is None else leaf.reshape(layout.shape)
 
 
-def _check(leaves: Mapping[str, Any], config: ModelConfig, where: str) -> None:
+def check_leaves(leaves: Mapping[str, Any], config: ModelConfig, where: str) -> None:
+    """Checks that leaves, by path, are those of a model; anything with a shape will do.
+
+    Raises:
+      CheckpointError: leaves that are missing, unexpected or of another shape than the config says.
+    """
     layout = config.layout
     missing = [path for path in layout if path not in leaves]
     unexpected = [path for path in leaves if path not in layout]
