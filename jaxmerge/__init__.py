@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge._version import __version__
 
 if TYPE_CHECKING:
-    from jaxmerge import evaluation, fusion, learning, methods, models, statistics, tree
+    from jaxmerge import align, evaluation, fusion, learning, methods, models, statistics, tree
     from jaxmerge.methods import MergeMethod, merge
 
 __all__ = [
     "MergeMethod",
     "__version__",
+    "align",
     "evaluation",
     "fusion",
     "learning",
@@ -29,10 +30,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Loaded at first use: the command line answers `--help` without waiting for JAX.
-    if name in ("evaluation", "fusion", "learning", "methods", "models", "statistics", "tree"):
-        return importlib.import_module(f"jaxmerge.{name}")
     if name in ("MergeMethod", "merge"):
         return getattr(importlib.import_module("jaxmerge.methods"), name)
+    if name in __all__:
+        return importlib.import_module(f"jaxmerge.{name}")
     raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}")
 
 

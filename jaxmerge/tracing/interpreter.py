@@ -96,7 +96,7 @@ def sites(apply_fn: Callable[[Any, Any], Any], params: Any, inputs: Any) -> list
 
 
 # Functions within the program that are looked through where they take parameters.
-_CALLS = {
+CALLS = {
     "checkpoint",
     "closed_call",
     "core_call",
@@ -132,8 +132,8 @@ class _Walk:
 
     def _step(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         if any(isinstance(operand, View) for operand in operands):
-            if eqn.primitive.name in _CALLS:
-                return self.run(*_called(eqn), operands)
+            if eqn.primitive.name in CALLS:
+                return self.run(*called(eqn), operands)
             if eqn.primitive.name == "scan":
                 return self._scan(eqn, operands)
             views = _views(eqn, operands)
@@ -148,13 +148,13 @@ class _Walk:
                     self.records.append(Record(found.site, source.layer, answer.record))
                 if answer.parameter is not None:
                     source.replace(answer.parameter)
-                output = _bind(eqn, [_value(operand) for operand in operands])[0]
+                output = evaluate(eqn, [_value(operand) for operand in operands])[0]
                 return [output if answer.output is None else answer.output(output)]
-        return _bind(eqn, [_value(operand) for operand in operands])
+        return evaluate(eqn, [_value(operand) for operand in operands])
 
     def _scan(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         """Runs a scan with its body walked through; stacked leaves are seen layer by layer."""
-        first, count = _loop_counts(eqn)
+        first, count = loop_counts(eqn)
         last = first + count
         consts, carry, xs = operands[:first], operands[first:last], operands[last:]
         stacked = {x.source: x.source.current() for x in xs if _is_stack(x)}
@@ -188,7 +188,7 @@ class _Walk:
             ]
             outer, self.records = self.records, []
             try:
-                results = self.run(*_called(eqn), args)
+                results = self.run(*called(eqn), args)
                 # JAX may trace the body more than once.
                 records[:] = self.records
             finally:
@@ -220,7 +220,7 @@ class _Walk:
         return [*final, *ys]
 
 
-def _loop_counts(eqn: JaxprEqn) -> tuple[int, int]:
+def loop_counts(eqn: JaxprEqn) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many the state."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
@@ -254,10 +254,10 @@ def _views(eqn: JaxprEqn, operands: list[Any]) -> list[View] | None:
     view, *rest = operands
     if not isinstance(view, View) or any(isinstance(other, View) for other in rest):
         return None
-    return laid_out(eqn, view, rest, lambda value: _bind(eqn, [value, *rest]))
+    return laid_out(eqn, view, rest, lambda value: evaluate(eqn, [value, *rest]))
 
 
-def _called(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:
+def called(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:
     """The program of a called function, and its constants."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
@@ -266,7 +266,7 @@ def _called(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]]:
     raise NotImplementedError(f"the traced program calls {eqn.primitive.name!r} in an unknown form")
 
 
-def _bind(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def evaluate(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Does one operation."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     # Earlier versions of JAX return the functions among the parameters apart.
