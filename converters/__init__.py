@@ -15,7 +15,7 @@ from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.converters.writer import CheckpointWriter
 
 if TYPE_CHECKING:
-    from jaxmerge.converters import families
+    from jaxmerge.converters import families, lora
     from jaxmerge.converters.model_config import ModelConfig
     from jaxmerge.converters.model_loading import load_model
     from jaxmerge.converters.model_saving import save_model
@@ -36,6 +36,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_orbax",
+    "lora",
     "non_finite",
     "open_checkpoint",
     "refuse_quantised",
@@ -63,8 +64,8 @@ _MODELS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "families":
-        return importlib.import_module("jaxmerge.converters.families")
+    if name in ("families", "lora"):
+        return importlib.import_module(f"jaxmerge.converters.{name}")
     if name in _MODELS:
         return getattr(importlib.import_module(f"jaxmerge.converters.{_MODELS[name]}"), name)
     raise AttributeError(f"module 'jaxmerge.converters' has no attribute {name!r}")

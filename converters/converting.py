@@ -94,7 +94,7 @@ def convert(
       'bfloat16'
     """
     source, target = Path(source), Path(target)
-    wanted = None if dtype is None else _floating(dtype)
+    wanted = None if dtype is None else dtypes.floating_dtype(dtype)
     to_torch = _is_torch(target)
     _check_free(target)
     if shard_size is not None and (to_torch or target.suffix == folder.SAFETENSORS_SUFFIX):
@@ -126,17 +126,6 @@ def convert(
         return Converted(target, len(infos), nbytes, overflowed, checkpoint.skipped)
 
 
-def _floating(dtype: DTypeLike) -> np.dtype:
-    found = dtypes.storage_dtype(dtype)
-    if not _is_floating(found.name):
-        raise CheckpointError(f"expected a floating-point dtype, found {found.name}")
-    return found
-
-
-def _is_floating(name: str) -> bool:
-    return name.startswith(("float", "bfloat"))
-
-
 def _is_torch(target: Path) -> bool:
     return target.suffix in folder.TORCH_SUFFIXES
 
@@ -159,7 +148,7 @@ def _check_free(target: Path) -> None:
 
 
 def _info(info: TensorInfo, wanted: np.dtype | None) -> TensorInfo:
-    dtype = wanted.name if wanted is not None and _is_floating(info.dtype) else info.dtype
+    dtype = wanted.name if wanted is not None and dtypes.is_floating(info.dtype) else info.dtype
     return TensorInfo.of(info.name, info.shape, dtype)
 
 

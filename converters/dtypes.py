@@ -112,3 +112,31 @@ def storage_dtype(dtype: DTypeLike) -> np.dtype:
         raise CheckpointError(
             f"expected a dtype out of {', '.join(_BY_NAME)}; found {dtype!s}"
         ) from None
+
+
+def is_floating(name: str) -> bool:
+    """Says whether a storage type, by its name, holds floating-point numbers.
+
+    Example:
+      >>> is_floating("bfloat16"), is_floating("int8")
+      (True, False)
+    """
+    return name.startswith(("float", "bfloat"))
+
+
+def floating_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the native storage dtype for a floating-point dtype or its name.
+
+    Args:
+      dtype: a NumPy or ml_dtypes dtype, or the name of one.
+
+    Returns:
+      The dtype.
+
+    Raises:
+      CheckpointError: it is not a floating-point dtype that a checkpoint can hold.
+    """
+    found = storage_dtype(dtype)
+    if not is_floating(found.name):
+        raise CheckpointError(f"expected a floating-point dtype, found {found.name}")
+    return found

@@ -1,4 +1,4 @@
-"""The command line: `jaxmerge merge | plan | reproduce | methods | sweep | convert | doctor | quickstart`."""
+"""The command line; `jaxmerge --help` lists the commands."""
 
 import signal
 import sys

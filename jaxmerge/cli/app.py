@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from jaxmerge.cli import convert, doctor, merge, methods, plan, quickstart, reproduce, sweep
+from jaxmerge.cli import (
+    convert,
+    doctor,
+    extract_lora,
+    merge,
+    methods,
+    plan,
+    quickstart,
+    reproduce,
+    sweep,
+)
 from jaxmerge.cli.consoles import say
 from jaxmerge.cli.failures import EXIT_CODES, Commands
 
@@ -47,6 +57,7 @@ for _command in (
     methods.methods,
     sweep.sweep,
     convert.convert,
+    extract_lora.extract_lora,
     doctor.doctor,
     quickstart.quickstart,
 ):
