@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jaxmerge.converters import dtypes, folder
+from jaxmerge.converters import orbax_converting as orbax
 from jaxmerge.converters.checkpoint import open_checkpoint
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.finite import non_finite
@@ -64,13 +65,16 @@ def convert(
 ) -> Converted:
     """Converts a checkpoint; memory holds a few chunks of one tensor, whatever the checkpoint's size.
 
+    To orbax a model is loaded whole, as the Flax variables of its family; from orbax it gets back its family's names.
+    Trees that orbax holds of no known family get their paths as names.
+
     A folder made from a folder also gets the other files: config, tokenizer, model card. A folder made from a GGUF file
     gets the `config.json` that its metadata stand for.
 
     Args:
-      source: what `open_checkpoint` reads: safetensors, PyTorch, GGUF; a file, an index or a folder.
-      target: a file that ends in `.safetensors` or, for PyTorch, in `.pt`, `.pth`, `.bin`, `.tar` or `.ckpt`; else a
-        folder of safetensors. Must not exist, or be an empty folder.
+      source: what `open_checkpoint` reads: safetensors, PyTorch, GGUF; a file, an index or a folder; or orbax's folder.
+      target: a file that ends in `.safetensors` or, for PyTorch, in `.pt`, `.pth`, `.bin`, `.tar` or `.ckpt`; a
+        folder that ends in `.orbax`; else a folder of safetensors. Must not exist, or be an empty folder.
       key: where the state dict stands in a PyTorch file.
       dtype: of the floating-point tensors; None: each as it is.
       shard_size: for a folder, the most bytes of tensors in one file.
@@ -97,6 +101,10 @@ def convert(
     wanted = None if dtype is None else dtypes.floating_dtype(dtype)
     to_torch = _is_torch(target)
     _check_free(target)
+    if target.suffix == orbax.SUFFIX or orbax.is_orbax(source):
+        if target.suffix == orbax.SUFFIX and shard_size is not None:
+            raise CheckpointError(f"{target}: orbax has chunks of its own, not shards")
+        return Converted(target, *orbax.convert(source, target, key, wanted, shard_size), {}, {})
     if shard_size is not None and (to_torch or target.suffix == folder.SAFETENSORS_SUFFIX):
         raise CheckpointError(f"{target}: a shard size needs a folder to write into")
     with open_checkpoint(source, key=key) as checkpoint:

@@ -11,7 +11,7 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack"),
     *(".onnx", ".partial", ".index.json"),
 )
-_DTYPE_KEYS = ("dtype", "torch_dtype")
+DTYPE_KEYS = ("dtype", "torch_dtype")
 # What tools keep in a folder for themselves.
 _PRIVATE = frozenset({".git", ".cache", "__pycache__"})
 
@@ -45,7 +45,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """
     changed: dict[str, Any] = {}
     for key, value in config.items():
-        if key in _DTYPE_KEYS and isinstance(value, str):
+        if key in DTYPE_KEYS and isinstance(value, str):
             changed[key] = dtype
         elif isinstance(value, dict) and key.endswith("_config"):
             changed[key] = with_dtype(value, dtype)

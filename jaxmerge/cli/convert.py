@@ -9,7 +9,6 @@ import typer
 
 from jaxmerge.cli.consoles import note, say
 from jaxmerge.cli.progress import progress
-from jaxmerge.cli.sizes import size
 
 _SHOWN = 5
 
@@ -19,16 +18,16 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="safetensors, PyTorch or GGUF: a file, an index or a folder; FILE#KEY names the state "
-            "dict inside a PyTorch file.",
+            help="safetensors, PyTorch or GGUF: a file, an index or a folder; an orbax folder; FILE#KEY "
+            "names the state dict inside a PyTorch file.",
         ),
     ],
     target: Annotated[
         Path,
         typer.Argument(
             metavar="DST",
-            help="A folder (of safetensors), or a file (.safetensors; .pt, .pth, .bin, .tar, .ckpt for "
-            "PyTorch).",
+            help="A folder (of safetensors; NAME.orbax for orbax), or a file (.safetensors; .pt, .pth, "
+            ".bin, .tar, .ckpt for PyTorch).",
         ),
     ],
     dtype: Annotated[
@@ -36,25 +35,24 @@ def convert(
         typer.Option(help="Of floating-point tensors, as bfloat16; default: each as it is."),
     ] = None,
     shard_size: Annotated[
-        int | None,
-        typer.Option(
-            parser=size, metavar="SIZE", help="Most bytes in one file of a folder, as 5GB."
-        ),
+        str | None,
+        typer.Option(metavar="BYTES", help="The most bytes in one file of a folder, as 5GB."),
     ] = None,
 ) -> None:
     """Convert a checkpoint between formats.
 
-    Tensors are read and written piece by piece: memory does not grow with the checkpoint. GGUF tensors
-    are dequantised, in Hugging Face's names. From folder to folder the config, the tokenizer and other
-    files go along.
+    Tensors are read and written piece by piece: memory does not grow with the checkpoint (to orbax and
+    back a model is loaded whole). GGUF tensors are dequantised, in Hugging Face's names. From folder to
+    folder the config, the tokenizer and other files go along.
     """
     from jaxmerge.converters import convert, split_key
-    from jaxmerge.recipes.output import bytes_text
+    from jaxmerge.recipes.output import bytes_text, parse_bytes
 
     began = time.monotonic()
     path, key = split_key(source)
+    most = None if shard_size is None else parse_bytes(shard_size)
     with progress("converting", lambda amount: bytes_text(int(amount))) as report:
-        made = convert(path, target, key=key, dtype=dtype, shard_size=shard_size, progress=report)
+        made = convert(path, target, key=key, dtype=dtype, shard_size=most, progress=report)
     if made.left_out:
         note(f"left out, as they are no tensors: {_listed(made.left_out)}")
     if made.overflowed:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from jaxmerge.converters import side_files as converters
 from jaxmerge.recipes.output import RECORD, UNFINISHED
 from jaxmerge.recipes.plan import Plan
 
 CONFIG = "config.json"
-_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack"),
-    *(".onnx", ".partial", ".index.json"),
-)
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 # Written anew by every merge.
 _GENERATED = frozenset({RECORD, "recipe.yaml", UNFINISHED})
-# What tools keep in a folder for themselves.
-_PRIVATE = frozenset({".git", ".cache", "__pycache__"})
 
 
 def write_side_files(plan: Plan, target: Path) -> None:
@@ -44,18 +36,12 @@ def write_side_files(plan: Plan, target: Path) -> None:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Yields the files of a model's folder that are not weights, by their names within it.
+    """Yields the files of a model's folder that are not weights and that no merge writes, by their names within it.
 
     Args:
         folder: of a model; a file has none.
     """
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in _PRIVATE)
-        for name in sorted(files):
-            inside = (Path(place) / name).relative_to(folder)
-            weights = name.endswith(_WEIGHTS) or str(inside) in _GENERATED
-            if not weights and (folder / inside).is_file():
-                yield inside
+    return (name for name in converters.side_files(folder) if str(name) not in _GENERATED)
 
 
 def _write_dtype(plan: Plan, target: Path) -> None:
@@ -77,21 +63,8 @@ def _write_dtype(plan: Plan, target: Path) -> None:
     if not sizes or not isinstance(config, dict):
         return
     dtype = sizes.most_common(1)[0][0]
-    found = _with_dtype(config, dtype)
-    if plan.resolved.written_dtype and not any(key in config for key in _DTYPE_KEYS):
+    found = converters.with_dtype(config, dtype)
+    if plan.resolved.written_dtype and not any(key in config for key in converters.DTYPE_KEYS):
         found["torch_dtype"] = dtype
     if found != config:
         file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Returns the config with every entry that names a dtype of weights set, nested configs too."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _DTYPE_KEYS and isinstance(value, str):
-            changed[key] = dtype
-        elif isinstance(value, dict) and key.endswith("_config"):
-            changed[key] = _with_dtype(value, dtype)
-        else:
-            changed[key] = value
-    return changed

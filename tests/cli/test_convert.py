@@ -10,7 +10,7 @@ from jaxmerge.converters import load_checkpoint, save_checkpoint
 
 
 def test_convert_says_what_it_wrote(folder: Path, call: Any) -> None:
-    result = call("convert", "a", "out", "--dtype", "bfloat16", "--shard-size", "60B")
+    result = call("convert", "a", "out", "--dtype", "bfloat16", "--shard-size", "60")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("out: 4 tensors, 104 B in ")
     assert load_checkpoint("out")["fc.weight"].dtype.name == "bfloat16"

@@ -16,6 +16,7 @@ from jaxmerge.converters import (
     load_checkpoint,
     open_checkpoint,
     save_checkpoint,
+    save_orbax,
 )
 
 RNG = np.random.default_rng(0)
@@ -172,3 +173,30 @@ def test_quantised_weights_are_copied_but_not_cast(tmp_path: Path) -> None:
     assert list(load_checkpoint(tmp_path / "copy.safetensors")) == list(quantised)
     with pytest.raises(CheckpointError, match="quantised"):
         convert(tmp_path / "q.safetensors", tmp_path / "n.safetensors", dtype="float32")
+
+
+# By way of Flax --------------------------------------------------------------------------------
+
+
+def test_a_model_goes_to_orbax_and_comes_back(tmp_path: Path) -> None:
+    tensors = {
+        "fc1.weight": RNG.normal(size=(3, 4)).astype(np.float32),
+        "fc1.bias": np.ones(3, np.float32),
+    }
+    save_checkpoint(tmp_path / "m.safetensors", tensors)
+    made = convert(tmp_path / "m.safetensors", tmp_path / "m.orbax")
+    assert (made.tensors, made.nbytes) == (2, 60)
+    convert(tmp_path / "m.orbax", tmp_path / "back")
+    np.testing.assert_equal(load_checkpoint(tmp_path / "back"), tensors)
+    convert(tmp_path / "m.orbax", tmp_path / "half.safetensors", dtype="bfloat16")
+    assert load_checkpoint(tmp_path / "half.safetensors")["fc1.bias"].dtype.name == "bfloat16"
+    with pytest.raises(CheckpointError, match="chunks of its own, not shards"):
+        convert(tmp_path / "m.safetensors", tmp_path / "n.orbax", shard_size=10)
+
+
+def test_a_tree_of_no_known_family_gets_its_paths_as_names(tmp_path: Path) -> None:
+    save_orbax(tmp_path / "tree", {"a": {"b": np.ones((2, 3), np.float32)}})
+    convert(tmp_path / "tree", tmp_path / "out.safetensors")
+    np.testing.assert_equal(
+        load_checkpoint(tmp_path / "out.safetensors"), {"a/b": np.ones((2, 3), np.float32)}
+    )
