@@ -175,6 +175,16 @@ def gather(leaf: jax.Array, index: jax.Array, axis: int, above: tuple[int, ...])
     return jnp.take_along_axis(leaf, jnp.reshape(placed, shape), axis=axis)
 
 
+def sources(
+    spec: PermutationSpec, name: str, permutations: Permutations, at: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Which of a node's units come to the given places of it and its parents."""
+    node = spec.node(name)
+    if node.fixed:
+        return at[name]
+    return permutations[name][tuple(at[n] for n in (*node.parents, name))]
+
+
 def visiting_order(spec: PermutationSpec, binding: Binding) -> list[int]:
     """The axes of a leaf that move, each after those that it depends on."""
     left = [i for i, _ in binding.moving()]
@@ -278,14 +288,7 @@ def _taken(
 ) -> tuple[jax.Array, ...]:
     """Where the units at the given places come from: the parents' units, then the unit within them."""
     at = dict(zip((*node.parents, node.name), places, strict=True))
-    sources = []
-    for name in (*node.parents, node.name):
-        other = spec.node(name)
-        if other.fixed:
-            sources.append(at[name])
-        else:
-            sources.append(permutations[name][tuple(at[n] for n in (*other.parents, name))])
-    return tuple(sources)
+    return tuple(sources(spec, name, permutations, at) for name in (*node.parents, node.name))
 
 
 def _size(spec: PermutationSpec, factor: str | int) -> int:

@@ -48,6 +48,14 @@ def symmetry(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Permuta
       Hecht-Nielsen, On the Algebraic Structure of Feedforward Network Weight Spaces, 1990. Lim et al., Graph
       Metanetworks for Processing Diverse Neural Architectures, ICLR 2024.
     """
+    labels, uses = labelled(apply_fn, params, inputs)
+    return read_spec(labels, uses)
+
+
+def labelled(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
+) -> tuple[dict[str, list[Label]], Uses]:
+    """The labels of every parameter's axes, and how the program uses them; arguments as for `symmetry`."""
     leaves, _ = flatten(params)
     if not leaves:
         raise ValueError("there are no parameters: expected a pytree of arrays, found an empty one")
@@ -60,7 +68,7 @@ def symmetry(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Permuta
         {path: [None if a is None else a[0][0] for a in axes] for path, axes in labels.items()}
     )
     settle(walk(program.jaxpr, program.consts, arguments, uses))
-    return read_spec(labels, uses)
+    return labels, uses
 
 
 def _own_axes(shape: tuple[int, ...]) -> list[Label]:

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from jaxmerge.align.symmetry.atoms import Atom, Label, fix, fixed_axis, proper
+
+# Where an operation stands: its index in the program, after those of the operations that it is within.
+Position = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,16 @@ class Uses:
       contracted: per leaf, the atoms over which it is contracted.
       looked_up: the leaves that are indexed, as an embedding is.
       seen: all leaves that the program reads.
+      operations: every operation in the order in which they run: where it stands (its index in the program, and in
+        those that it is within), itself, its operands.
     """
 
     axes: dict[str, list[Atom | None]]
     contracted: dict[str, list[Atom]] = field(default_factory=dict)
     looked_up: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
+    operations: list[tuple[Position, JaxprEqn, list[Value]]] = field(default_factory=list)
+    within: list[int] = field(default_factory=list)
 
     def contract(self, value: Value, labels: Sequence[Label]) -> None:
         """Notes that a leaf is contracted over these axes."""

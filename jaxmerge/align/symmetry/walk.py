@@ -44,10 +44,13 @@ def walk(
     def read(atom: Any) -> Value:
         return Known(atom.val) if isinstance(atom, Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         uses.seen |= {v.path for v in operands if isinstance(v, Traced) and v.path is not None}
+        uses.within.append(i)
+        uses.operations.append((tuple(uses.within), eqn, operands))
         known.update(zip(eqn.outvars, _step(eqn, operands, uses), strict=True))
+        uses.within.pop()
     return [read(atom) for atom in jaxpr.outvars]
 
 
