@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,7 +131,7 @@ def read_peft_adapter(folder: str | os.PathLike[str]) -> PeftAdapter:
     return PeftAdapter(folder, path, config, tensors, updates, replaced)
 
 
-def find_target(target: str, names: Iterable[str]) -> str | None:
+def find_target(target: str, names: Collection[str]) -> str | None:
     """Finds an adapter's target among a model's names, which may have more or fewer prefixes.
 
     Args:
@@ -146,7 +146,6 @@ def find_target(target: str, names: Iterable[str]) -> str | None:
       >>> find_target("model.layers.0.q.weight", ["layers.0.q.weight", "layers.0.k.weight"])
       'layers.0.q.weight'
     """
-    names = list(names)
     if target in names:
         return target
     ends = [n for n in names if n.endswith("." + target) or target.endswith("." + n)]

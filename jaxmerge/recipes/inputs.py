@@ -41,6 +41,8 @@ class RowMap:
     row: np.ndarray
     averages: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     padding: int = 0
+    # The mean is wanted once for every range that has padding in it.
+    _mean: list[np.ndarray] = field(default_factory=list, repr=False)
 
 
 def read(
@@ -128,8 +130,9 @@ def _mapped_rows(
             total += one[0].astype(np.float32)
         values[place - first] = (total / np.float32(len(pairs))).astype(dtype)
     if last > count:
-        mean = _mean(checkpoints, plan, wanted, count).astype(dtype)
-        values[max(count - first, 0) :] = mean
+        if not mapped._mean:
+            mapped._mean.append(_mean(checkpoints, plan, wanted, count))
+        values[max(count - first, 0) :] = mapped._mean[0].astype(dtype)
     return values
 
 

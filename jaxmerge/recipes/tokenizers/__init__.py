@@ -3,6 +3,7 @@
 from jaxmerge.recipes.tokenizers.chat_templates import chosen_template
 from jaxmerge.recipes.tokenizers.embeddings import (
     embedding_rows,
+    is_named_table,
     vocabulary_keys,
     vocabulary_size,
     vocabulary_tensors,
@@ -27,6 +28,7 @@ __all__ = [
     "VocabularyModel",
     "chosen_template",
     "embedding_rows",
+    "is_named_table",
     "plan_vocabulary",
     "read_tokenizer",
     "rows_for",

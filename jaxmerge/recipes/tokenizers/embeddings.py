@@ -67,6 +67,15 @@ def embedding_rows(tensors: Mapping[str, TensorInfo], size: int | None) -> int |
     return rows[0]
 
 
+def is_named_table(name: str) -> bool:
+    """Whether a tensor's name says that it has a row for each token.
+
+    >>> is_named_table("lm_head.bias"), is_named_table("model.norm.weight")
+    (True, False)
+    """
+    return bool(_TABLE.search(name))
+
+
 def vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int) -> set[str]:
     """Returns the tensors with a row for each token.
 
@@ -84,5 +93,5 @@ def vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int) -> set[str]
         for name, info in tensors.items()
         if info.shape
         and info.shape[0] == rows
-        and (_TABLE.search(name) or (rows not in common and not _LAYER.search(name)))
+        and (is_named_table(name) or (rows not in common and not _LAYER.search(name)))
     }
