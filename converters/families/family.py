@@ -139,12 +139,21 @@ def from_plain_json(config_type: type, json: Mapping[str, Any]) -> Config:
 
 @cache
 def variables_of(family: Family, config: Config) -> Any:
-    """The tree of a family's variables as `jax.ShapeDtypeStruct`s."""
+    """The tree of a family's variables as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      CheckpointError: there is no model of this config.
+    """
 
     def init(inputs: Any) -> Any:
         return family.module(config).init(jax.random.key(0), inputs)
 
-    return jax.eval_shape(init, family.inputs(config))
+    try:
+        return jax.eval_shape(init, family.inputs(config))
+    except Exception as error:
+        # Flax and JAX have many words for widths that do not fit together.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"family {family.name}: no such model: {reason[0]}") from error
 
 
 @cache

@@ -58,21 +58,30 @@ def recognise(
     if isinstance(config, Mapping):
         json, config = config, None
     candidates = _candidates(json or {}, family, config, where)
-    if len(candidates) == 1:
-        return _match(candidates[0], tensors, json or {}, config, where)
-    found, refusals = [], {}
+    found: list[Match] = []
+    refusals: dict[str, list[str]] = {}
+    near: dict[str, list[str]] = {}
     for candidate in candidates:
         try:
-            found.append(_match(candidate, tensors, json or {}, config, where))
+            found.append(_match(candidate, tensors, json or {}, config))
+        except _NearMiss as error:
+            near.setdefault(str(error), []).append(candidate.name)
         except CheckpointError as error:
-            refusals[candidate.name] = str(error).removeprefix(f"{where}: ")
+            refusals.setdefault(str(error), []).append(candidate.name)
     if len(found) == 1:
         return found[0]
     if found:
-        names = ", ".join(match.family.name for match in found)
-        raise CheckpointError(f"{where}: fits several families, name one of them: {names}")
-    reasons = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
-    raise CheckpointError(f"{where}: fits no family:{reasons}")
+        several = ", ".join(match.family.name for match in found)
+        raise CheckpointError(f"{where}: fits several families, name one of them: {several}")
+    reasons = near or refusals
+    if len(candidates) == 1:
+        raise CheckpointError(f"{where}: not of family {candidates[0].name}: {next(iter(reasons))}")
+    lines = "".join(f"\n  {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    raise CheckpointError(f"{where}: fits no family:{lines}")
+
+
+class _NearMiss(CheckpointError):
+    """The config could be read, but some tensors do not fit it."""
 
 
 def disagreements(match: Match, tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -158,24 +167,22 @@ def _match(
     tensors: Mapping[str, TensorInfo],
     json: Mapping[str, Any],
     config: Config | None,
-    where: str,
 ) -> Match:
     prefix = _prefix(family, tensors)
     bare = {name.removeprefix(prefix): info for name, info in tensors.items()}
     if config is None:
         try:
             config = family.config_of(json, bare)
-        except CheckpointError as error:
-            raise CheckpointError(f"{where}: not of family {family.name}: {error}") from None
+        except CheckpointError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"{where}: family {family.name} cannot read config.json: "
-                f"{type(error).__name__}: {error}"
+                f"its config.json cannot be read: {type(error).__name__}: {error}"
             ) from None
     match = Match(family, config, prefix)
     said = disagreements(match, tensors)
     if said:
-        raise CheckpointError(f"{where}: not of family {family.name}: {'. '.join(said)}")
+        raise _NearMiss(". ".join(said))
     return match
 
 
@@ -191,4 +198,5 @@ def _prefix(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _hint(names: Sequence[str], known: Iterable[str]) -> str:
-    return next((hint for name in names if (hint := nearest(name, known))), "")
+    # Of many names the first ones will do: a search takes long among thousands.
+    return next((hint for name in names[:3] if (hint := nearest(name, known))), "")

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import convolution, norm
+from jaxmerge.models.layers import DepthwiseConvolution, convolution, norm
 
 
 class Stage(NamedTuple):
@@ -147,30 +147,37 @@ class InvertedResidualConfig:
 
 
 class ConvolutionNorm(nn.Module):
-    """A convolution and a batch norm."""
+    """A convolution, of all channels or depthwise, and a batch norm."""
 
     config: InvertedResidualConfig
     features: int
     kernel: int = 1
     stride: int = 1
-    groups: int = 1
+    depthwise: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """images [batch, height, width, channels] -> [batch, height / stride, width / stride, features]."""
-        config = self.config
-        hidden = convolution(
-            self.features,
-            self.kernel,
-            stride=self.stride,
-            groups=self.groups,
-            padding="SAME" if config.padding == "same" else None,
-            name="conv",
-            dtype=config.dtype,
-        )(images)
-        return norm("batch", name="norm", dtype=config.dtype, train=train, epsilon=config.epsilon)(
-            hidden
+        config, same = self.config, self.config.padding == "same"
+        layer: nn.Module
+        if self.depthwise:
+            padding = "SAME" if same else "SYMMETRIC"
+            layer = DepthwiseConvolution(
+                self.kernel, self.stride, padding, config.dtype, name="conv"
+            )
+        else:
+            layer = convolution(
+                self.features,
+                self.kernel,
+                stride=self.stride,
+                padding="SAME" if same else None,
+                name="conv",
+                dtype=config.dtype,
+            )
+        normalise = norm(
+            "batch", name="norm", dtype=config.dtype, train=train, epsilon=config.epsilon
         )
+        return normalise(layer(images))
 
 
 class InvertedResidualNet(nn.Module):
@@ -198,7 +205,7 @@ class InvertedResidualNet(nn.Module):
             inputs, incoming = hidden, config.incoming(i)
             if width != incoming:
                 hidden = nn.relu6(layer(width, name=f"block_{i}_expand")(hidden, train))
-            depthwise = layer(width, kernel, stride, width, name=f"block_{i}_depthwise")
+            depthwise = layer(width, kernel, stride, True, name=f"block_{i}_depthwise")
             hidden = nn.relu6(depthwise(hidden, train))
             hidden = layer(outgoing, name=f"block_{i}_project")(hidden, train)
             if stride == 1 and incoming == outgoing:

@@ -110,3 +110,5 @@ def test_heads_are_the_papers_or_asked_for(tmp_path: Path) -> None:
     assert (found.model.heads, found.model.image) == (2, (8, 8))
     with pytest.raises(CheckpointError, match=r"width of 12 .*config=.\"heads\": 4"):
         load_model(tmp_path / "narrow.safetensors", family="cct")
+    with pytest.raises(CheckpointError, match="no such model: a width of 12 is no multiple of 5"):
+        load_model(tmp_path / "narrow.safetensors", family="cct", config={"heads": 5})
