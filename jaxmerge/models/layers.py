@@ -1,12 +1,14 @@
 """Layers that the families share, with the semantics of PyTorch's."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NORMS = ("batch", "group", "layer", "none")
 """Kinds of normalisation: over the batch with running statistics; over groups of channels; over the channels of each
@@ -77,16 +79,15 @@ class DepthwiseConvolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.he_normal(), (side, side, 1, channels))
         pads = [self._pads(size) for size in images.shape[1:3]]
         images = jnp.pad(images.astype(self.dtype), [(0, 0), *pads, (0, 0)])
-        rows, columns = (
-            [slice(i, size - side + 1 + i, stride) for i in range(side)]
-            for size in images.shape[1:3]
-        )
-        taps = [
-            images[:, row, column] * kernel[i, j].astype(self.dtype)[None, None]
-            for i, row in enumerate(rows)
-            for j, column in enumerate(columns)
-        ]
-        return functools.reduce(jnp.add, taps)
+        batch, height, width, _ = images.shape
+        weights = kernel.astype(self.dtype).reshape(side**2, 1, 1, channels)
+
+        def tap(i: int, j: int) -> jax.Array:
+            end = (batch, height - side + 1 + i, width - side + 1 + j, channels)
+            part = jax.lax.slice(images, (0, i, j, 0), end, (1, stride, stride, 1))
+            return part * jax.lax.slice_in_dim(weights, i * side + j, i * side + j + 1)
+
+        return functools.reduce(jnp.add, itertools.starmap(tap, np.ndindex(side, side)))
 
     def _pads(self, size: int) -> tuple[int, int]:
         if self.padding == "SYMMETRIC":
