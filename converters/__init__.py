@@ -16,6 +16,7 @@ from jaxmerge.converters.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from jaxmerge.converters import families, lora
+    from jaxmerge.converters.inspecting import inspect_checkpoint
     from jaxmerge.converters.model_config import ModelConfig
     from jaxmerge.converters.model_loading import load_model
     from jaxmerge.converters.model_saving import save_model
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "families",
     "from_nnx_state",
+    "inspect_checkpoint",
     "load_checkpoint",
     "load_model",
     "load_orbax",
@@ -53,6 +55,7 @@ __all__ = [
 _MODELS = {
     "ModelConfig": "model_config",
     "from_nnx_state": "nnx_state",
+    "inspect_checkpoint": "inspecting",
     "load_model": "model_loading",
     "load_orbax": "orbax_folder",
     "save_model": "model_saving",

@@ -8,6 +8,7 @@ from jaxmerge.cli import (
     convert,
     doctor,
     extract_lora,
+    inspect,
     merge,
     methods,
     plan,
@@ -58,6 +59,7 @@ for _command in (
     sweep.sweep,
     convert.convert,
     extract_lora.extract_lora,
+    inspect.inspect,
     doctor.doctor,
     quickstart.quickstart,
 ):
