@@ -274,7 +274,7 @@ def main() -> None:
         },
         [
             "Where the kills fell: before the first tensor, between tensors, while files were put in place, after all.",
-            "outputs: how many came to be, after one or more kills each. The limit: each is that of an undisturbed run.",
+            "outputs: how many came to be, after one or more kills. The limit: each is that of an undisturbed run.",
         ],
     )
     table.start()

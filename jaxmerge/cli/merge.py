@@ -45,6 +45,19 @@ def merge(
             help="The most bytes of tensors in one file of a folder: 5B, 5GB, 500MB.",
         ),
     ] = "5GB",
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="One of several processes that merge together, each its share of the files; the "
+            "cluster is found by JAX, or given by the next three options.",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of the first process.")
+    ] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="Of this process.")] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="In all.")] = None,
     imports: Imports = None,
 ) -> None:
     """Merge the checkpoints of a recipe.
@@ -57,23 +70,33 @@ def merge(
     began = time.monotonic()
     from jaxmerge.recipes import make_plan, read, run
     from jaxmerge.recipes.output import bytes_text, parse_bytes
+    from jaxmerge.recipes.processes import ALONE, connect
 
+    several = distributed or {coordinator, process_id, num_processes} != {None}
+    processes = connect(coordinator, process_id, num_processes) if several else ALONE
     use(device)
     import_all(imports)
-    plan = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
-    notes(plan.notes)
-    if plan.done:
-        say(f"{plan.output}: is the result of this merge already; --overwrite makes it again")
+    with processes.together():
+        # One process speaks for all; errors are each process's own.
+        loud = processes.index == 0
+        plan = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
+        if loud:
+            notes(plan.notes)
+        if plan.done:
+            say(f"{plan.output}: is the result of this merge already; --overwrite makes it again")
+            return
+        if plan.resumes and loud:
+            note(f"goes on with the unfinished run in {plan.output}")
+        with progress("merging", lambda amount: bytes_text(int(amount)), silent=not loud) as report:
+            written = run(
+                plan,
+                format=None if format is None else format.value,
+                shard_size=parse_bytes(shard_size),
+                progress=lambda name, done, total: report(done, total),
+                processes=processes,
+            )
+    if not loud:
         return
-    if plan.resumes:
-        note(f"goes on with the unfinished run in {plan.output}")
-    with progress("merging", lambda amount: bytes_text(int(amount))) as report:
-        written = run(
-            plan,
-            format=None if format is None else format.value,
-            shard_size=parse_bytes(shard_size),
-            progress=lambda name, done, total: report(done, total),
-        )
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     carried = len(plan.tensors) - merged
     say(

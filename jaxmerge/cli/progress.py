@@ -17,6 +17,7 @@ def progress(
     task: str,
     unit: Unit,
     *,
+    silent: bool = False,
     every: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Report]:
@@ -25,10 +26,14 @@ def progress(
     Args:
         task: what is going on, as "merging".
         unit: writes an amount.
+        silent: say nothing.
         every: seconds between lines where there is no terminal.
         clock: seconds.
     """
     console = consoles.err()
+    if silent:
+        yield lambda done, total: None
+        return
     if not console.is_terminal:
         yield _lines(task, unit, every, clock)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,17 +83,31 @@ def run(
     limit = shard_size if chosen == "safetensors" and not is_file(plan.output) else None
     head = {"fingerprint": plan.fingerprint, "format": chosen, "shard_size": limit}
     check_unchanged(plan)
-    if processes.index:
-        processes.wait("the place is made")
-    with workplace(plan.output, head, plan.overwrite, processes.index) as place:
-        if not processes.index:
-            processes.wait("the place is made")
-        if chosen == "torch":
-            _write_torch(plan, place, progress)
-        else:
-            _write_safetensors(plan, place, limit, progress, processes)
-    processes.wait("the output is whole")
+    with processes.together():
+        if processes.index:
+            _agree(processes, head)
+        with workplace(plan.output, head, plan.overwrite, processes.index) as place:
+            if not processes.index:
+                _agree(processes, head)
+            if chosen == "torch":
+                _write_torch(plan, place, progress, processes)
+            else:
+                _write_safetensors(plan, place, limit, progress, processes)
+        processes.meet("the output is whole")
     return plan.output
+
+
+def _agree(processes: Processes, head: Mapping[str, Any]) -> None:
+    """Waits until the first process has made the place; all must be about to do the same."""
+    first, *others = processes.meet(json.dumps(head))
+    for number, other in enumerate(others, start=1):
+        if other != first:
+            raise PlanError(
+                [
+                    f"process {number} has another plan than process 0: recipe, options, versions, and "
+                    "the sources' paths, sizes and times of change must be the same"
+                ]
+            )
 
 
 def _write_safetensors(
@@ -121,7 +136,8 @@ def _write_safetensors(
         ) as writer,
     ):
         names = _pending(plan, writer, rank)
-        steps = _Steps(plan, [name for tied in names.values() for name in tied], progress)
+        written = [name for tied in names.values() for name in tied]
+        steps = _Steps(plan, written, progress, processes)
         for piece in pieces(plan, [steps.tensors[name] for name in names]):
             for name in names[piece.name]:
                 digest = writer.write_flat(name, piece.start, piece.values)
@@ -131,9 +147,9 @@ def _write_safetensors(
         hashes.finish()
         if processes.index:
             writer.close()
-            processes.wait("all is merged")
+            processes.meet("all is merged")
             return
-        processes.wait("all is merged")
+        processes.meet("all is merged")
         _take_all(place)
         journal.tensors.update(writer.finished)
         check_unchanged(plan)
@@ -141,10 +157,14 @@ def _write_safetensors(
         writer.close(donated | provenance.metadata(plan, _by_file(place)))
 
 
-def _write_torch(plan: Plan, place: Workplace, progress: Progress | None) -> None:
-    """Writes one PyTorch file, which is a whole: from memory, and not to be gone on with."""
+def _write_torch(
+    plan: Plan, place: Workplace, progress: Progress | None, processes: Processes
+) -> None:
+    """Writes one PyTorch file, which is a whole: from memory, by one process, and not to be gone on with."""
+    if processes.index:
+        return
     tensors = [tensor for tensor in plan.tensors if tensor.tied_to is None]
-    steps = _Steps(plan, [tensor.name for tensor in tensors], progress)
+    steps = _Steps(plan, [tensor.name for tensor in tensors], progress, processes)
     values: dict[str, np.ndarray] = {}
     with _hashing(plan, place, ALONE) as hashes:
         for piece in pieces(plan, tensors):
@@ -235,12 +255,19 @@ def _pending(plan: Plan, writer: CheckpointWriter, rank: Mapping[str, int]) -> d
 
 
 class _Steps:
-    """Counts bytes, says so, and looks now and then whether the sources are still there."""
+    """Counts bytes, says so, and looks now and then whether sources and other processes are well."""
 
-    def __init__(self, plan: Plan, names: Iterable[str], progress: Progress | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        names: Iterable[str],
+        progress: Progress | None,
+        processes: Processes,
+    ) -> None:
         self.tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._plan = plan
         self._progress = progress
+        self._processes = processes
         self._total = sum(tensor.nbytes for tensor in plan.tensors)
         self._ahead = sum(self.tensors[name].nbytes for name in names)
         self._began = self._ahead
@@ -251,6 +278,7 @@ class _Steps:
         self._ahead -= piece.values.nbytes * copies
         if time.monotonic() - self._looked > _LOOK:
             check_unchanged(self._plan)
+            self._processes.check()
             self._looked = time.monotonic()
         if self._progress is not None:
             self._progress(piece.name, self._total - self._ahead, self._total)
