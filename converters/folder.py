@@ -54,10 +54,14 @@ def locate(path: str) -> Location:
         file outside its folder.
     """
     if os.path.isdir(path):
-        return _in_folder(path)
+        found = _in_folder(path)
+        for file in found.files:
+            _check_regular(file)
+        return found
     if not os.path.exists(path):
         what = "the link's target does not exist" if os.path.islink(path) else "no such file"
         raise CheckpointError(f"{path}: {what}")
+    _check_regular(path)
     if path.endswith(SAFETENSORS_SUFFIX):
         return Location("safetensors", (path,))
     if path.endswith(TORCH_SUFFIXES):
@@ -108,6 +112,12 @@ def is_inside(name: str) -> bool:
     if "\\" in name or "\0" in name or re.match(r"^[A-Za-z]:", name):
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _check_regular(path: str) -> None:
+    """Opening a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: expected a file, found a folder, a pipe or a device")
 
 
 def _in_folder(folder: str) -> Location:

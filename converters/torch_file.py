@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 from jaxmerge.converters.errors import CheckpointError
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# The directory and the pickle are read and parsed whole; those of the largest real files have some tens of megabytes.
+_LARGEST_DIRECTORY = 100_000_000
+_LARGEST_PICKLE = 256_000_000
+_END, _END_64 = b"PK\x05\x06", b"PK\x06\x06"
 
 
 class Loaded(NamedTuple):
@@ -83,6 +87,12 @@ def load(torch: ModuleType, path: str) -> Loaded:
 def _check_archive(path: str) -> bool:
     """Checks an archive before torch reads it; returns whether its storages can be mapped."""
     size = os.path.getsize(path)
+    directory = _directory_size(path, size)
+    if directory > _LARGEST_DIRECTORY:
+        raise CheckpointError(
+            f"{path}: expected an archive with a directory of at most {_LARGEST_DIRECTORY} bytes, found "
+            f"one of {directory}"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -102,6 +112,11 @@ def _check_archive(path: str) -> bool:
                 f"compressed from {entry.file_size} to {entry.compress_size} bytes, which "
                 "torch.save never does"
             )
+        if entry.filename.endswith("/data.pkl") and entry.file_size > _LARGEST_PICKLE:
+            raise CheckpointError(
+                f"{path}: expected a pickle of at most {_LARGEST_PICKLE} bytes beside the tensors, found "
+                f"one of {entry.file_size}"
+            )
     total = sum(entry.file_size for entry in entries)
     if total > size:
         raise CheckpointError(
@@ -111,6 +126,24 @@ def _check_archive(path: str) -> bool:
     if not any(entry.filename.endswith("/data.pkl") for entry in entries):
         raise CheckpointError(f"{path}: a zip archive that torch.save did not write")
     return byte_order == b"little"
+
+
+def _directory_size(path: str, size: int) -> int:
+    """The size of an archive's directory, as its last record says; 0 where there is none."""
+    tail = min(size, 22 + (1 << 16) + 20)
+    with open(path, "rb") as file:
+        file.seek(size - tail)
+        data = file.read(tail)
+        at = data.rfind(_END)
+        if at < 0 or at + 22 > len(data):
+            return 0
+        found = int.from_bytes(data[at + 12 : at + 16], "little")
+        if found < 0xFFFF_FFFF or at < 20:
+            return found
+        # The 64-bit record, which a locator before the last one points to.
+        file.seek(min(int.from_bytes(data[at - 12 : at - 4], "little"), size))
+        record = file.read(56)
+    return int.from_bytes(record[40:48], "little") if record.startswith(_END_64) else 0
 
 
 def _refusal(message: str) -> str:
