@@ -4,9 +4,9 @@ from jaxmerge.recipes.tokenizers.chat_templates import chosen_template
 from jaxmerge.recipes.tokenizers.embeddings import (
     embedding_rows,
     is_named_table,
+    may_be_table,
     vocabulary_keys,
     vocabulary_size,
-    vocabulary_tensors,
 )
 from jaxmerge.recipes.tokenizers.files import TokenizerFiles, tokenizer_files
 from jaxmerge.recipes.tokenizers.rows import Rows, rows_for
@@ -29,11 +29,11 @@ __all__ = [
     "chosen_template",
     "embedding_rows",
     "is_named_table",
+    "may_be_table",
     "plan_vocabulary",
     "read_tokenizer",
     "rows_for",
     "tokenizer_files",
     "vocabulary_keys",
     "vocabulary_size",
-    "vocabulary_tensors",
 ]

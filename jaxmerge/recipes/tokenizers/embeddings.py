@@ -8,16 +8,20 @@ from typing import Any
 
 from jaxmerge.converters import TensorInfo
 
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings|embedding"
-    r"|token_embedding|tokens_embed)\.weight$"
-)
+_NAMES = "embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|token_embedding|tokens_embed"
+_EMBEDDING = re.compile(rf"(^|\.)({_NAMES}|shared|embeddings?)\.weight$")
+# Names that mean a table of tokens wherever they stand, and names that do outside of layers.
 _TABLE = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|shared|embeddings|embedding"
-    r"|token_embedding|tokens_embed|lm_head|lm_head\.\w+|embed_out|output|output_layer|decoder"
-    r"|predictions|vocab_projector|linear|lm_bias|generator)(\.(weight|bias))?$"
+    rf"(^|\.)({_NAMES}|lm_head|lm_head\.\w+|embed_out|vocab_projector)(\.(weight|bias))?$"
+    # The head of the first Phi models is their last layer.
+    r"|^layers\.\d+\.linear\.(weight|bias)$"
 )
-_LAYER = re.compile(r"\.\d+\.")
+_OUTER_TABLE = re.compile(
+    r"(^|\.)(shared|embeddings?|output|output_layer|decoder|predictions|generator)"
+    r"(\.(weight|bias))?$"
+)
+_OTHER = re.compile(r"pos|wpe|type|segment|norm|ln|rotary|patch|rel")
+_LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 def vocabulary_size(config: Mapping[str, Any] | None) -> int | None:
@@ -73,25 +77,13 @@ def is_named_table(name: str) -> bool:
     >>> is_named_table("lm_head.bias"), is_named_table("model.norm.weight")
     (True, False)
     """
-    return bool(_TABLE.search(name))
+    return bool(_TABLE.search(name) or (_OUTER_TABLE.search(name) and not _LAYER.search(name)))
 
 
-def vocabulary_tensors(tensors: Mapping[str, TensorInfo], rows: int) -> set[str]:
-    """Returns the tensors with a row for each token.
+def may_be_table(name: str) -> bool:
+    """Whether a tensor's name does not contradict that it has a row for each token.
 
-    A name that says so is taken at its word where the tensor has the right number of rows. Any
-    other tensor outside the layers with that number of rows is one too, unless tensors within the
-    layers have that many rows as well.
-
-    Args:
-        tensors: a model's.
-        rows: of its embedding.
+    >>> may_be_table("readout.weight"), may_be_table("transformer.wpe.weight")
+    (True, False)
     """
-    common = {i.shape[0] for n, i in tensors.items() if i.shape and _LAYER.search(n)}
-    return {
-        name
-        for name, info in tensors.items()
-        if info.shape
-        and info.shape[0] == rows
-        and (is_named_table(name) or (rows not in common and not _LAYER.search(name)))
-    }
+    return is_named_table(name) or not (_LAYER.search(name) or _OTHER.search(name))
