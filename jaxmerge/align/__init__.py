@@ -1,5 +1,6 @@
 """Alignment: which units of which model correspond, and models brought into each other's order."""
 
+from jaxmerge.align.assignment import assign, sinkhorn
 from jaxmerge.align.describing import describe
 from jaxmerge.align.permuting import Permutations, compose, identity, inverse, permute, random
 from jaxmerge.align.spec import Axis, Binding, Node, PermutationSpec
@@ -12,12 +13,14 @@ __all__ = [
     "Node",
     "PermutationSpec",
     "Permutations",
+    "assign",
     "compose",
     "describe",
     "identity",
     "inverse",
     "permute",
     "random",
+    "sinkhorn",
     "symmetry",
     "verify",
 ]
