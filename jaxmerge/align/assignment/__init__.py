@@ -27,8 +27,8 @@ def assign(similarity: ArrayLike, solver: Solver = "auto") -> jax.Array:
 
     Args:
       similarity: [..., n, n] floats, finite.
-      solver: "scipy" solves on the host, matrix by matrix, through a callback; "hungarian" is optax's solver (slow where
-        many rows are equal, and in a batch as slow as its slowest matrix); "paths" is our own, which stays in the
+      solver: "scipy" solves on the host, matrix by matrix, through a callback; "hungarian" is optax's solver (slow
+        where many rows are equal, and in a batch as slow as its slowest matrix); "paths" is our own, which stays in the
         program, takes many steps at once and does not mind ties. "auto" is "scipy" where the program runs on a CPU
         and "paths" elsewhere.
 
