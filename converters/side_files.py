@@ -16,6 +16,16 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 _PRIVATE = frozenset({".git", ".cache", "__pycache__"})
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file is weights, or an index of them, by its name.
+
+    Example:
+      >>> is_weights("model.safetensors.index.json"), is_weights("tokenizer.json")
+      (True, False)
+    """
+    return name.endswith(_WEIGHTS)
+
+
 def side_files(folder: Path) -> Iterator[Path]:
     """Yields the files of a model's folder that are not weights, nested ones too, by their names within it.
 
@@ -28,7 +38,7 @@ def side_files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name not in _PRIVATE)
         for name in sorted(files):
             inside = (Path(place) / name).relative_to(folder)
-            if not name.endswith(_WEIGHTS) and (folder / inside).is_file():
+            if not is_weights(name) and (folder / inside).is_file():
                 yield inside
 
 

@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests' matrices are tiny, and several processes share the cores: OpenBLAS's threads would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# No test asks a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import chex
 import hypothesis

@@ -2,7 +2,6 @@
 
 import enum
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,10 +22,11 @@ class Format(enum.StrEnum):
 def merge(
     recipe: RecipePath,
     out: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="OUT",
-            help="A folder, or a file (.safetensors; .pt, .pth, .bin, .tar for PyTorch).",
+            help="A folder, or a file (.safetensors; .pt, .pth, .bin, .tar for PyTorch); gs:// and "
+            "the like too.",
         ),
     ],
     seed: Seed = 0,
@@ -71,6 +71,7 @@ def merge(
     from jaxmerge.recipes import make_plan, read, run
     from jaxmerge.recipes.output import bytes_text, parse_bytes
     from jaxmerge.recipes.processes import ALONE, connect
+    from jaxmerge.recipes.remote import check_free, is_remote, publish, staged
 
     several = distributed or {coordinator, process_id, num_processes} != {None}
     processes = connect(coordinator, process_id, num_processes) if several else ALONE
@@ -79,14 +80,21 @@ def merge(
     with processes.together():
         # One process speaks for all; errors are each process's own.
         loud = processes.index == 0
-        plan = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
+        remote = is_remote(out)
+        if remote and processes.count > 1:
+            raise ValueError(f"{out}: several processes need a folder that they share")
+        plan = make_plan(
+            read(recipe), out=staged(out) if remote else out, overwrite=overwrite, seed=seed
+        )
         if loud:
             notes(plan.notes)
-        if plan.done:
-            say(f"{plan.output}: is the result of this merge already; --overwrite makes it again")
+        if remote:
+            check_free(out, plan.fingerprint, overwrite=overwrite)
+        elif plan.done:
+            say(f"{out}: is the result of this merge already; --overwrite makes it again")
             return
         if plan.resumes and loud:
-            note(f"goes on with the unfinished run in {plan.output}")
+            note(f"goes on with the unfinished run in {out}")
         with progress("merging", lambda amount: bytes_text(int(amount)), silent=not loud) as report:
             written = run(
                 plan,
@@ -95,12 +103,14 @@ def merge(
                 progress=lambda name, done, total: report(done, total),
                 processes=processes,
             )
+        if remote:
+            publish(written, out, plan.fingerprint)
     if not loud:
         return
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     carried = len(plan.tensors) - merged
     say(
-        f"{written}: {merged} tensors merged by {plan.resolved.method.name}"
+        f"{out}: {merged} tensors merged by {plan.resolved.method.name}"
         + (f", {carried} carried over" if carried else "")
         + f"; {bytes_text(plan.bytes_written)} in {time.monotonic() - began:.1f} s"
     )

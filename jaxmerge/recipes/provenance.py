@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxmerge._version import __version__
+from jaxmerge.recipes.hub import commit_of
 from jaxmerge.recipes.output import RECORD
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.schema import dump
@@ -42,6 +43,7 @@ def record(plan: Plan, hashes: Hashes) -> dict[str, Any]:
             {
                 "name": source.name,
                 "key": source.key,
+                "commit": commit_of(source.path),
                 "format": source.format,
                 "files": [
                     {

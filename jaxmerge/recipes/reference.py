@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxmerge.converters import split_key
+from jaxmerge.recipes.hub import is_hub_name, snapshot
+from jaxmerge.recipes.remote import fetch, is_remote
 
 _FIELDS = ("model", "lora", "override_architecture")
 
@@ -38,7 +40,10 @@ class ModelReference:
         return other is not None and self._identity() == other._identity()
 
     def locate(self, folder: Path | None = None) -> Path:
-        """Finds the checkpoint: in the working directory, else beside the recipe.
+        """Finds the checkpoint: in the working directory, beside the recipe, else on the hub.
+
+        A path with a scheme (gs://, s3://) is fetched. A file or folder wins over a model of that name
+        on the hub.
 
         Args:
             folder: the recipe's own folder.
@@ -47,13 +52,18 @@ class ModelReference:
             An existing file or folder.
 
         Raises:
-            FileNotFoundError: saying where was looked, and the nearest name that exists.
+            FileNotFoundError: saying where was looked, and the nearest name that exists; or why it
+                cannot be fetched.
         """
+        if is_remote(self.path):
+            return fetch(self.path)
         path = Path(self.path).expanduser()
         places = [path] if path.is_absolute() or folder is None else [path, folder / path]
         for candidate in places:
-            if candidate.exists():
+            if candidate.exists() and self.revision is None:
                 return candidate
+        if is_hub_name(self.path):
+            return snapshot(self.path, self.revision)
         raise FileNotFoundError(self._not_found(places))
 
     def _not_found(self, places: list[Path]) -> str:
@@ -64,10 +74,8 @@ class ModelReference:
             if near is not None:
                 message += f"; did you mean {near!r}?"
                 break
-        if self.path.count("/") == 1 and not self.path.startswith(("/", ".", "~")):
-            message += (
-                "; names on a model hub are not supported yet: download the model, name its folder"
-            )
+        if self.revision is not None:
+            message += f"; {self.revision!r} would be a revision of a model on the Hugging Face hub"
         return message
 
     def _identity(self) -> tuple[str | None, ...]:
@@ -96,11 +104,6 @@ def parse_reference(value: object) -> ModelReference:
         raise ValueError(
             f"adapters on the fly ({str(reference)!r}) are not supported yet: merge the adapter "
             f"{reference.lora!r} into the model first"
-        )
-    if reference.revision is not None:
-        raise ValueError(
-            f"revisions ({str(reference)!r}) are not supported yet: download revision "
-            f"{reference.revision!r} and name its folder"
         )
     return reference
 

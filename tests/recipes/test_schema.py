@@ -145,13 +145,6 @@ BROKEN = [
         "not supported yet",
     ),
     broken(
-        "revision",
-        "merge_method: linear\nmodels:\n- model: o/a@main\n",
-        3,
-        "revisions",
-        "not supported yet",
-    ),
-    broken(
         "filter",
         f"""\
         merge_method: linear
@@ -461,9 +454,7 @@ def test_reference_forms(value: object, expected: ModelReference) -> None:
         ("a@b@c", "cannot read 'a@b@c'"),
         ("a+", "nothing stands beside"),
         ("a#", "expected a key"),
-        ("a@main", "revision 'main'"),
         ("a+lora", "the adapter 'lora'"),
-        ({"model": {"path": "a", "revision": "main"}}, "revision 'main'"),
         ({"model": "a", "lora": {"path": "b"}}, "adapters on the fly"),
         ({"path": "a"}, "unknown key 'path'"),
         ({"model": {"file": "a"}}, "unknown key 'file'"),
@@ -502,11 +493,6 @@ def test_paths_are_looked_for_in_the_working_directory_then_beside_the_recipe(
     assert str(work) in str(caught.value)
     assert str(beside) in str(caught.value)
     assert "did you mean" in str(caught.value)
-
-
-def test_a_hub_name_is_told_to_be_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="hub are not supported yet: download"):
-        ModelReference("organisation/model").locate(tmp_path)
 
 
 def test_read_remembers_the_file(tmp_path: Path) -> None:
