@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.families import rope
-from jaxmerge.converters.families.causal import causal_apply, causal_inputs
+from jaxmerge.converters.families.causal import causal_apply, causal_inputs, count, layer_count
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
@@ -86,19 +86,20 @@ def _config_of(kind: _Type, json: Json, tensors: Mapping[str, TensorInfo]) -> De
     require_config(json)
     if json.get("use_bidirectional_attention"):
         raise CheckpointError("config.json: use_bidirectional_attention is not supported")
-    width, heads = json["hidden_size"], json["num_attention_heads"]
+    layer_count(json, "num_hidden_layers", tensors)
+    width, heads = count(json, "hidden_size"), count(json, "num_attention_heads")
     own = {
-        "key_heads": json.get("num_key_value_heads") or heads,
-        "head_width": json.get("head_dim") or width // heads,
+        "key_heads": count(json, "num_key_value_heads", heads),
+        "head_width": count(json, "head_dim", width // heads),
         "activation": activation_of(json.get("hidden_act", "silu")),
         **kind.read(json),
     }
     return DecoderConfig(
-        vocabulary_size=json["vocab_size"],
+        vocabulary_size=count(json, "vocab_size"),
         width=width,
         heads=heads,
-        mlp_width=json["intermediate_size"],
-        context_length=json.get("max_position_embeddings", 2048),
+        mlp_width=count(json, "intermediate_size"),
+        context_length=count(json, "max_position_embeddings", 2048),
         norm_epsilon=json.get("rms_norm_eps", 1e-6),
         tied=json.get("tie_word_embeddings", kind.tied),
         **own,
@@ -165,6 +166,11 @@ def _written_rotary(config: DecoderConfig, *, local: bool) -> Json:
     }
 
 
+def _window(json: Json, default: int | None) -> int | None:
+    present = json.get("sliding_window", default) is not None
+    return count(json, "sliding_window", default) if present else None
+
+
 def _windows(json: Json, types: Sequence[str], window: int | None) -> list[int | None]:
     """Each layer's window, by `layer_types` or what stands for it."""
     types = json.get("layer_types") or types
@@ -196,13 +202,13 @@ def _llama(json: Json) -> dict[str, Any]:
 
 
 def _mistral(json: Json) -> dict[str, Any]:
-    windows = [json.get("sliding_window", 4096)] * json["num_hidden_layers"]
-    heads = json.get("num_key_value_heads", 8) or json["num_attention_heads"]
-    return {**_layers(json, windows), "key_heads": heads}
+    windows = [_window(json, 4096)] * json["num_hidden_layers"]
+    heads = {} if "num_key_value_heads" in json else {"key_heads": 8}
+    return {**_layers(json, windows), **heads}
 
 
 def _qwen_layers(json: Json) -> dict[str, Any]:
-    window = json.get("sliding_window", 4096) if json.get("use_sliding_window") else None
+    window = _window(json, 4096) if json.get("use_sliding_window") else None
     first = json["num_hidden_layers"] if window is None else json.get("max_window_layers", 28)
     types = [_FULL if i < first else _SLIDING for i in range(json["num_hidden_layers"])]
     return _layers(json, _windows(json, types, window))
@@ -216,7 +222,7 @@ def _qwen3(json: Json) -> dict[str, Any]:
     bias = json.get("attention_bias", False)
     return {
         **_qwen_layers(json),
-        "head_width": json.get("head_dim") or 128,
+        "head_width": count(json, "head_dim", 128),
         "attention_bias": bias,
         "output_bias": bias,
         "query_key_norm": True,
@@ -231,7 +237,7 @@ def _smollm3(json: Json) -> dict[str, Any]:
         raise CheckpointError(
             f"config.json: no_rope_layers has {len(turned)} entries for {depth} layers"
         )
-    window = json.get("sliding_window") if json.get("use_sliding_window") else None
+    window = _window(json, None) if json.get("use_sliding_window") else None
     types = [_FULL if window is None or one else _SLIDING for one in turned]
     rotary = rope.rotary_of(json, theta=2e6)
     bias = json.get("attention_bias", False)
@@ -258,7 +264,7 @@ def _gemma(json: Json) -> dict[str, Any]:
 
 def _gemma2(json: Json) -> dict[str, Any]:
     types = [_FULL if i % 2 else _SLIDING for i in range(json["num_hidden_layers"])]
-    windows = _windows(json, types, json.get("sliding_window", 4096))
+    windows = _windows(json, types, _window(json, 4096))
     return {
         **_layers(json, windows),
         **_gemma_switches(json),
@@ -274,7 +280,7 @@ def _gemma3(json: Json) -> dict[str, Any]:
     require(json, attn_logit_softcapping=None)
     every = json.get("sliding_window_pattern", 6)
     types = [_SLIDING if (i + 1) % every else _FULL for i in range(json["num_hidden_layers"])]
-    windows = _windows(json, types, json.get("sliding_window", 4096))
+    windows = _windows(json, types, _window(json, 4096))
     whole, local = _gemma3_rotaries(json)
     return {
         "layers": tuple(LayerKind(one, whole if one is None else local) for one in windows),
@@ -305,7 +311,7 @@ def _gemma3_rotaries(json: Json) -> tuple[Rotary, Rotary]:
 def _gemma_switches(json: Json) -> dict[str, Any]:
     bias = json.get("attention_bias", False)
     return {
-        "head_width": json.get("head_dim") or 256,
+        "head_width": count(json, "head_dim", 256),
         "norm_offset": 1.0,
         "scale_embedding": True,
         "attention_bias": bias,

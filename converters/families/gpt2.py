@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jaxmerge.converters.families.causal import causal_apply, causal_inputs
+from jaxmerge.converters.families.causal import causal_apply, causal_inputs, count, layer_count
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
@@ -58,14 +58,14 @@ def _aliases(body: str, config: GPT2Config) -> Mapping[str, str]:
 def _config_of(json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> GPT2Config:
     require_config(json)
     require(json, add_cross_attention=False)
-    width = json["n_embd"]
+    width = count(json, "n_embd")
     return GPT2Config(
-        vocabulary_size=json["vocab_size"],
-        context_length=json.get("n_positions", 1024),
+        vocabulary_size=count(json, "vocab_size"),
+        context_length=count(json, "n_positions", 1024),
         width=width,
-        depth=json["n_layer"],
-        heads=json["n_head"],
-        mlp_width=json.get("n_inner") or 4 * width,
+        depth=layer_count(json, "n_layer", tensors),
+        heads=count(json, "n_head"),
+        mlp_width=count(json, "n_inner", 4 * width),
         activation=activation_of(
             json.get("activation_function", "gelu_new"), "activation_function"
         ),

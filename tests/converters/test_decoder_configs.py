@@ -1,16 +1,24 @@
 """Decoders' config.json: exact round trips over configurations, old and new fields, what is not supported."""
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_round_trip
+from parity import assert_round_trip, random_checkpoint
 
-from jaxmerge.converters import CheckpointError
+from jaxmerge.converters import (
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_model,
+)
 from jaxmerge.converters.families import get
 from jaxmerge.models import (
     DecoderConfig,
@@ -201,3 +209,71 @@ def test_a_config_that_a_family_cannot_express_is_not_written() -> None:
     config = replace(read(), query_key_norm=True)
     with pytest.raises(CheckpointError, match=r"llama.*cannot express query_key_norm True"):
         get("llama").json(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarnn"}}, {}, "RoPE scaling 'yarnn' is not supported"),
+        (
+            {"intermediate_size": 40},
+            {},
+            r"mlp.gate_proj.weight' expected \[40, 32\], found \[48, 32\]",
+        ),
+        ({"num_key_value_heads": 4}, {}, r"k_proj.weight' expected \[32, 32\], found \[16, 32\]"),
+        (
+            {"num_hidden_layers": 3},
+            {},
+            r"missing 'model.layers.2.self_attn.k_proj.weight', .* and 1 more",
+        ),
+        ({"num_hidden_layers": 1}, {}, r"unexpected 'model.layers.1.self_attn.k_proj.weight', "),
+        ({"model_type": "qwen2"}, {}, "missing 'model.layers.0.self_attn.k_proj.bias', "),
+        (
+            {"model_type": "lama"},
+            {},
+            r"model_type 'lama', which no family reads.* Nearest: 'llama'",
+        ),
+        ({"vocab_size": None}, {}, "config.json lacks 'vocab_size'"),
+        ({"hidden_size": "32"}, {}, "a whole number above 0 as hidden_size, found '32'"),
+        ({"model_type": "mistral", "sliding_window": 0}, {}, "above 0 as sliding_window, found 0"),
+        ({"num_hidden_layers": 10**12}, {}, "num_hidden_layers 1000000000000, but there are 21"),
+        ({}, {"lm_head.weight": None}, "missing 'lm_head.weight'"),
+        ({"tie_word_embeddings": True}, {}, "'lm_head.weight' tied to 'model.embed_tokens.weight'"),
+        ({}, {"model.layers.0.mlp.extra": 3}, "unexpected 'model.layers.0.mlp.extra'"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_say_so(
+    tmp_path: Path, change: dict[str, Any], tensors: dict[str, Any], message: str
+) -> None:
+    found = dict(random_checkpoint("llama", read()))
+    for name, size in tensors.items():
+        if size is None:
+            del found[name]
+        else:
+            found[name] = np.zeros(size, np.float32)
+    save_checkpoint(tmp_path, found)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+
+
+def test_without_config_json_a_decoder_is_not_guessed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, random_checkpoint("llama", read()))
+    with pytest.raises(CheckpointError, match=r"needs config\.json"):
+        load_model(tmp_path, family="llama")
+    _, _, config = load_model(tmp_path, config=LLAMA)
+    assert config.model == read()
+
+
+def test_a_body_of_gpt2_with_its_old_buffers_is_read(tmp_path: Path) -> None:
+    config = GPT2Config(9, 4, 4, 2, 2, 8)
+    tensors = dict(random_checkpoint("gpt2_body", config))
+    masks = {f"h.{i}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for i in range(2)}
+    save_checkpoint(tmp_path / "old", {**tensors, **masks})
+    text = {"model_type": "gpt2", "vocab_size": 9, "n_positions": 4, "n_embd": 4}
+    text |= {"n_layer": 2, "n_head": 2, "n_inner": 8}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(text))
+    _, params, loaded = load_model(tmp_path / "old")
+    assert (loaded.family, loaded.model) == ("gpt2_body", config)
+    save_model(tmp_path / "new", params, loaded)
+    assert set(load_checkpoint(tmp_path / "new")) == set(tensors)
