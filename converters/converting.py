@@ -19,6 +19,8 @@ from jaxmerge.converters import orbax_converting as orbax
 from jaxmerge.converters.checkpoint import open_checkpoint
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.finite import non_finite
+from jaxmerge.converters.gguf_reader import GgufCheckpoint
+from jaxmerge.converters.gguf_tokenizer import tokenizer_files
 from jaxmerge.converters.quantised import refuse_quantised
 from jaxmerge.converters.reader import Checkpoint
 from jaxmerge.converters.side_files import side_files, with_dtype
@@ -69,7 +71,7 @@ def convert(
     Trees that orbax holds of no known family get their paths as names.
 
     A folder made from a folder also gets the other files: config, tokenizer, model card. A folder made from a GGUF file
-    gets the `config.json` that its metadata stand for.
+    gets the `config.json` that its metadata stand for, and the tokenizer where it is a byte-level BPE of a known kind.
 
     Args:
       source: what `open_checkpoint` reads: safetensors, PyTorch, GGUF; a file, an index or a folder; or orbax's folder.
@@ -256,6 +258,9 @@ def _copy_side_files(
             sizes[info.dtype] += info.nbytes
         dtype = sizes.most_common(1)[0][0] if sizes else "float32"
         _write_json(config, {**checkpoint.config, "torch_dtype": dtype})
+        if isinstance(checkpoint, GgufCheckpoint) and not any(place.glob("tokenizer*")):
+            for file, content in tokenizer_files(checkpoint.fields).items():
+                _write_json(place / file, content)
     elif wanted is not None and config.is_file():
         try:
             found = json.loads(config.read_text(encoding="utf-8"))

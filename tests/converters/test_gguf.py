@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import struct
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmerge.converters import CheckpointError, gguf_names, load_checkpoint, open_checkpoint
+from jaxmerge.converters import (
+    CheckpointError,
+    convert,
+    gguf_names,
+    load_checkpoint,
+    open_checkpoint,
+)
 
 gguf = pytest.importorskip("gguf", reason="needs the `gguf` extra")
 
@@ -328,6 +335,16 @@ def test_an_architecture_without_a_table_keeps_its_own_names(tmp_path: Path) -> 
     with open_checkpoint(tmp_path / "m.gguf") as checkpoint:
         assert list(checkpoint.tensors) == ["blk.0.ssm_in.weight"]
         assert checkpoint.config is None
+
+
+def test_a_converted_folder_says_what_the_model_is(llama: Path, tmp_path: Path) -> None:
+    convert(llama, tmp_path / "out", dtype="bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["torch_dtype"]) == ("llama", "bfloat16")
+    # Two tokens and no merges are no tokenizer.
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    found = load_checkpoint(tmp_path / "out")
+    assert set(found) == set(decoder())
 
 
 # Parts, folders --------------------------------------------------------------------------------
