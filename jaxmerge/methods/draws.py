@@ -1,5 +1,6 @@
 """Random bits that depend on the key, the tensor's name and the element's place, and on nothing else."""
 
+import functools
 import math
 
 import jax
@@ -28,6 +29,12 @@ def tensor_seeds(words: jax.Array, name: jax.Array, models: int) -> jax.Array:
     pairs = jnp.arange(math.ceil(models / 2), dtype=jnp.uint32)
     first, second = threefry(words[0], words[1], name[0], name[1])
     return jnp.stack(threefry(first, second, jnp.zeros_like(pairs), pairs), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def seeds(models: int, words: jax.Array, names: jax.Array) -> jax.Array:
+    """`tensor_seeds` of many tensors: [tensors, pairs, 2] from names [tensors, 2]."""
+    return jax.vmap(lambda name: tensor_seeds(words, name, models))(names)
 
 
 def uniform(

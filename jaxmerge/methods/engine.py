@@ -84,7 +84,9 @@ class Batch:
 
     def chunk(self, seed: jax.Array | None) -> Chunk:
         """The whole batch as a leaf function sees it, with a leading axis where it is stacked."""
-        offset: Any = np.zeros(len(self.tensor_names) if self.stacked else (), np.uint32)
+        many = (len(self.tensor_names),) if self.stacked else ()
+        offset: Any = np.zeros(many, np.uint32)
+        size: Any = np.full(many, self.tensor_size, np.uint32)
         depth: Any = self.depths if self.stacked else self.depths[0]
         return Chunk(
             self.models,
@@ -93,7 +95,7 @@ class Batch:
             offset,
             depth,
             self.extras,
-            size=self.tensor_size,
+            size,
             inputs=self.inputs,
         )
 
@@ -433,7 +435,7 @@ def _apply_batch(
     over = jax.vmap(run, in_axes=(0, 0 if per_tensor else None, 0))
     if not stacked:
         results = [_restored(shapes[0], *run(chunk, values, found))]
-    elif len(shapes) > 1 and chunk.size >= LARGE and not leaf.random:
+    elif len(shapes) > 1 and math.prod(chunk.shape[1:]) >= LARGE and not leaf.random:
         # Sliced before it is computed: a large result is then written once, where it belongs.
         results = []
         for shape, start in zip(shapes, starts, strict=True):
@@ -493,13 +495,8 @@ def _from_checkpoint(transform: Transform, shape: tuple[int, ...], tensor: jax.A
 def _seed(batch: Batch, words: jax.Array | None) -> jax.Array | None:
     if words is None:
         return None
-    seed = _seeds(len(batch.models), words, batch.names)
+    seed = draws.seeds(len(batch.models), words, batch.names)
     return seed if batch.stacked else seed[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _seeds(models: int, words: jax.Array, names: jax.Array) -> jax.Array:
-    return jax.vmap(lambda name: draws.tensor_seeds(words, name, models))(names)
 
 
 def _assemble(leaf: LeafMethod, state: MergeState, merged: Merged, models: int) -> Any:

@@ -37,7 +37,7 @@ class Chunk:
       offset: uint32 [], flat index of the first element in the whole tensor.
       depth: float32 [], how deep the tensor lies in its model: 0 in the first layer, 1 in the last.
       extras: by name, one array per model (or one that all share); nothing where this tensor has none.
-      size: static number of elements of the whole tensor.
+      size: uint32 [], number of elements of the whole tensor.
       inputs: static axes of the tensor that are its inputs.
     """
 
@@ -47,7 +47,7 @@ class Chunk:
     offset: jax.Array
     depth: jax.Array
     extras: Mapping[str, tuple[jax.Array, ...]]
-    size: int = field(metadata={"static": True})
+    size: jax.Array
     inputs: tuple[int, ...] = field(metadata={"static": True})
 
     @property
@@ -114,11 +114,13 @@ class Sums(NamedTuple):
     Attributes:
       name: the key of the result in `found`.
       statistics: (chunk, values, found) -> pytree of sums; reducing the pytrees of two chunks gives that of both.
-      finish: (sums, values, found) -> what `apply` uses.
+      finish: (sums, values, found) -> what `apply` uses; `found` holds nothing `Local`.
       needs_values: False where neither function reads hyperparameters or draws: a sweep then measures once.
       scope: over one tensor or over all tensors of the model.
       reduce: how the statistics of two chunks become those of both: their "sum", or the larger ("max").
       selected: where the statistics are [models], the sums of some terms over the selected entries: which and of what.
+      unasked: (values) -> what the statistics come to where these values make the chunks irrelevant, so that a stream
+        need not read them; else None.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Sums(NamedTuple):
     scope: MeasureScope = "tensor"
     reduce: Literal["sum", "max"] = "sum"
     selected: OfSelected | None = None
+    unasked: Callable[[Values], Any] | None = None
 
 
 class Select(NamedTuple):

@@ -61,16 +61,16 @@ def prepare(leaf: LeafMethod, batches: Sequence[Batch]) -> tuple[Prepared, ...]:
             results = _sums(one, batches, chunks, nothing, [{} for _ in batches])
         elif isinstance(one, Local):
             results = [
-                _local(one, batch.stacked, batch.chunk(None), _found_by(one, kept))
+                local_values(one, batch.stacked, batch.chunk(None), found_by(one, kept))
                 for batch, kept in zip(batches, prepared, strict=True)
             ]
         elif one.scope == "tensor":
             results = [
-                _tensor_order(one, batch, _found_by(one, kept))
+                _tensor_order(one, batch, found_by(one, kept))
                 for batch, kept in zip(batches, prepared, strict=True)
             ]
         else:
-            known = [_found_by(one, kept) for kept in prepared]
+            known = [found_by(one, kept) for kept in prepared]
             results = [_model_order(one, batches, known)] * len(batches)
         for kept, result in zip(prepared, results, strict=True):
             kept[one.name] = result
@@ -104,7 +104,7 @@ def measure(
                 results = [kept[one.name] for kept in prepared]
             else:
                 results = [
-                    _local(one, batch.stacked, chunk, _found_by(one, seen))
+                    local_values(one, batch.stacked, chunk, found_by(one, seen))
                     for batch, chunk, seen in zip(batches, chunks, found, strict=True)
                 ]
         elif one.scope == "tensor":
@@ -112,18 +112,18 @@ def measure(
             if prepared is not None:
                 orders = [kept[one.name] for kept in prepared]
                 results = [
-                    _look_up(one, batch.stacked, chunk, _found_by(one, seen), *item)
+                    _look_up(one, batch.stacked, chunk, found_by(one, seen), *item)
                     for batch, chunk, seen, *item in zip(
                         batches, chunks, found, counts, orders, strict=True
                     )
                 ]
             else:
                 results = [
-                    _select_tensor(one, batch, chunk, _found_by(one, seen), ks)
+                    _select_tensor(one, batch, chunk, found_by(one, seen), ks)
                     for batch, chunk, seen, ks in zip(batches, chunks, found, counts, strict=True)
                 ]
         else:
-            known = [_found_by(one, seen) for seen in found]
+            known = [found_by(one, seen) for seen in found]
             if prepared is not None:
                 orders = [kept[one.name] for kept in prepared]
                 results = _look_up_model(one, batches, chunks, known, values, orders)
@@ -151,7 +151,7 @@ def _sums(
             for batch, chunk, (given, per_tensor), seen in items
         ]
     statistics = [
-        _statistics(one, batch.stacked, per_tensor, chunk, given, seen)
+        statistics_of(one, batch.stacked, per_tensor, chunk, given, seen)
         for batch, chunk, (given, per_tensor), seen in items
     ]
     within, across = (jnp.sum, jnp.add) if one.reduce == "sum" else (jnp.max, jnp.maximum)
@@ -163,7 +163,7 @@ def _sums(
     results = []
     for batch, (given, per_tensor), seen in zip(batches, values, found, strict=True):
         whole = _spread(total, len(batch.tensor_names)) if batch.stacked else total
-        results.append(_finish(one, batch.stacked, per_tensor, whole, given, seen))
+        results.append(finished(one, batch.stacked, per_tensor, whole, given, seen))
     return results
 
 
@@ -171,21 +171,23 @@ def _sums(
 def _whole_tensor(
     one: Sums, stacked: bool, per_tensor: bool, chunk: Chunk, values: Any, found: Any
 ) -> Any:
-    sums = _statistics(one, stacked, per_tensor, chunk, values, found)
-    return _finish(one, stacked, per_tensor, sums, values, found)
+    sums = statistics_of(one, stacked, per_tensor, chunk, values, found)
+    return finished(one, stacked, per_tensor, sums, values, found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _statistics(
+def statistics_of(
     one: Sums, stacked: bool, per_tensor: bool, chunk: Chunk, values: Any, found: Any
 ) -> Any:
+    """The statistics of a chunk; `stacked` and `per_tensor` say what has a leading axis over tensors."""
     if not stacked:
         return one.statistics(chunk, values, found)
     return jax.vmap(one.statistics, in_axes=(0, 0 if per_tensor else None, 0))(chunk, values, found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _finish(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, found: Any) -> Any:
+def finished(one: Sums, stacked: bool, per_tensor: bool, sums: Any, values: Any, found: Any) -> Any:
+    """What the statistics of all chunks come to."""
     if not stacked:
         return one.finish(sums, values, found)
     return jax.vmap(one.finish, in_axes=(0, 0 if per_tensor else None, 0))(sums, values, found)
@@ -228,7 +230,7 @@ def _sums_of_selected(
         ((count,),) = _counts(select, batch, (given, per_tensor), seen)
         (order,) = kept[by]
         sums = _first_terms(one.selected, batch.stacked, chunk, order, kept[one.name], count)
-        results.append(_finish(one, batch.stacked, per_tensor, sums, given, seen))
+        results.append(finished(one, batch.stacked, per_tensor, sums, given, seen))
     return results
 
 
@@ -262,7 +264,8 @@ def _first_terms(
 # What a chunk says of itself ----------------------------------------------------------------------------------------
 
 
-def _local(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
+def local_values(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
+    """What a chunk says of itself; `seen` is `found_by(one, found)`."""
     if not one.on_host or not all(map(is_on_host, jax.tree.leaves((chunk, seen)))):
         return _local_compiled(one, stacked, chunk, seen)
     if not stacked:
@@ -285,7 +288,7 @@ def _local_compiled(one: Local, stacked: bool, chunk: Chunk, seen: Any) -> Any:
 
 
 def _select_tensor(one: Select, batch: Batch, chunk: Chunk, local: Any, counts: Any) -> Any:
-    magnitudes = _magnitudes(one, batch.stacked, chunk, local)
+    magnitudes = ranked_values(one, batch.stacked, chunk, local)
     if not batch.stacked:
         return [tuple(select_counts(size, ks)) for size, ks in zip(magnitudes, counts, strict=True)]
     if not all(map(is_on_host, jax.tree.leaves((magnitudes, counts)))):
@@ -323,7 +326,7 @@ def _select_model(
 ) -> list[Any]:
     """Selections over the whole model: ties go to the tensor whose name sorts first, then to the lower index."""
     magnitudes = [
-        _magnitudes(one, batch.stacked, chunk, local)
+        ranked_values(one, batch.stacked, chunk, local)
         for batch, chunk, local in zip(batches, chunks, known, strict=True)
     ]
     counts = _model_counts(one, batches, values)
@@ -389,7 +392,7 @@ def _places(batches: Sequence[Batch]) -> list[tuple[int, int | None]]:
 
 
 def _tensor_order(one: Select, batch: Batch, local: Any) -> list[jax.Array]:
-    magnitudes = _magnitudes(one, batch.stacked, batch.chunk(None), local)
+    magnitudes = ranked_values(one, batch.stacked, batch.chunk(None), local)
     if not batch.stacked:
         return [order(size) for size in magnitudes]
     if not all(map(is_on_host, magnitudes)):
@@ -400,7 +403,7 @@ def _tensor_order(one: Select, batch: Batch, local: Any) -> list[jax.Array]:
 def _model_order(one: Select, batches: Sequence[Batch], known: Sequence[Any]) -> list[jax.Array]:
     """Per model, the order of all its values; tensors one after the other in the order of their names."""
     magnitudes = [
-        _magnitudes(one, batch.stacked, batch.chunk(None), local)
+        ranked_values(one, batch.stacked, batch.chunk(None), local)
         for batch, local in zip(batches, known, strict=True)
     ]
     orders = []
@@ -489,7 +492,7 @@ def _at_model_rank(
     selections = []
     for many, chunk, start in zip(stacked, chunks, starts, strict=True):
         # Tensors before the last kept entry keep all their ties, tensors after it none.
-        inside = jnp.minimum(last - jnp.minimum(start, last), np.uint32(chunk.size - 1))
+        inside = jnp.minimum(last - jnp.minimum(start, last), chunk.size - np.uint32(1))
         cut = jnp.where((last >= start) & (k > 0), inside.astype(jnp.int32), -1)
         selection = Selection(jnp.broadcast_to(threshold, cut.shape), cut)
         selections.append(selection if many else jax.tree.map(lambda x: x[0], selection))
@@ -508,7 +511,7 @@ def _key_at(
     """The key of the entry at the model-wide place `last` where it lies in this batch, else 0."""
 
     def single(chunk: Chunk, local: Any, start: jax.Array) -> jax.Array:
-        inside = (last >= start) & (last - start < np.uint32(chunk.size))
+        inside = (last >= start) & (last - start < chunk.size)
         place = jnp.where(inside, last - start, 0).astype(jnp.int32)
         return jnp.where(inside, key_bits(_value_at(one, chunk, local, model, place)), 0)
 
@@ -534,7 +537,8 @@ _NOTHING = np.uint32(2**32 - 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _magnitudes(one: Select, stacked: bool, chunk: Chunk, local: Any) -> list[jax.Array]:
+def ranked_values(one: Select, stacked: bool, chunk: Chunk, local: Any) -> list[jax.Array]:
+    """Per ranking, the values of a chunk that are ranked; `local` is `found_by(one, found)`."""
     single = functools.partial(_values_of, one)
     return jax.vmap(single)(chunk, local) if stacked else single(chunk, local)
 
@@ -543,7 +547,7 @@ def _values_of(one: Select | Local, chunk: Chunk, seen: Any) -> Any:
     return one.values(chunk) if one.of is None else one.values(chunk, seen)
 
 
-def _found_by(one: Select | Local, found: Mapping[str, Any]) -> Any:
+def found_by(one: Select | Local, found: Mapping[str, Any]) -> Any:
     """What the measure found that this one is `of`."""
     return None if one.of is None else found[one.of]
 

@@ -86,7 +86,7 @@ def _coordinates(chunk: Chunk, basis: Any) -> Chunk:
         return chunk
     _, models = basis
     zeros = jnp.zeros_like(models[0])
-    return replace(chunk, models=models, base=zeros, size=zeros.size, inputs=(1,))
+    return replace(chunk, models=models, base=zeros, size=jnp.uint32(zeros.size), inputs=(1,))
 
 
 def _in_basis(one: Measure) -> Measure:

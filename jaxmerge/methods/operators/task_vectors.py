@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge.methods.hyperparameters import Fraction, Hyperparameter
 from jaxmerge.methods.leaf import Chunk, Found, LeafMethod, Local, Measure, Select, Sums, Values
@@ -118,6 +119,7 @@ def family_leaf(name: str, member: Family, hyperparams: Mapping[str, Any]) -> Le
                 lambda chunk, values, found: _mass(chunk, member.settings(values), found, member),
                 lambda sums, values, found: sums,
                 scope=member.scope,
+                unasked=lambda values: _unasked_mass(member.settings(values)),
             )
         )
     return LeafMethod(
@@ -561,6 +563,13 @@ def _mass(chunk: Chunk, settings: Settings, found: Found, member: Family) -> jax
     # Without rescaling the two passes over the data are not made.
     nothing = jnp.ones((len(chunk.models), 2), chunk.sources()[0].dtype)
     return jax.lax.cond(settings.rescale > 0.5, measure, lambda _: nothing, None)
+
+
+def _unasked_mass(settings: Settings) -> np.ndarray | None:
+    """What `_mass` comes to where nothing is rescaled; the values are concrete, of one tensor or of several."""
+    if np.any(np.asarray(settings.rescale) > 0.5):
+        return None
+    return np.ones((*np.shape(settings.weight), 2), np.float32)
 
 
 def _factors(settings: Settings, found: Found, member: Family) -> list[jax.Array] | None:

@@ -7,7 +7,7 @@ a mask; the routes below give the same one:
 - `select`, `select_over`: the front doors, for one tensor and for all tensors of a model together.
 - `select_compiled`: one compiled kernel, for use inside `jit` and `vmap` and on accelerators.
 - `order`: sort once, then the k-th place gives the selection of any k.
-- `histogram`, `refine`, `share`, `cut_position`: over a stream of chunks.
+- `select_in_passes`: over chunks of values that are never in memory together.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxmerge.methods.counting import count
-from jaxmerge.methods.selection.host import is_on_host, select_on_host
+from jaxmerge.methods.selection.host import is_on_host, select_on_host, select_rows_on_host
 from jaxmerge.methods.selection.kernel import Route, by_platform, kth_largest, nth_equal
 from jaxmerge.methods.selection.keys import (
     Selection,
@@ -39,33 +39,21 @@ from jaxmerge.methods.selection.keys import (
     regrouping,
 )
 from jaxmerge.methods.selection.order import order
-from jaxmerge.methods.selection.stream import (
-    Refinement,
-    cut_position,
-    equal_count,
-    histogram,
-    levels,
-    refine,
-    share,
-)
+from jaxmerge.methods.selection.stream import select_in_passes, share
 
 __all__ = [
-    "Refinement",
     "Selection",
     "count",
-    "cut_position",
-    "equal_count",
-    "histogram",
     "keep",
     "key_bits",
-    "levels",
     "order",
-    "refine",
     "select",
     "select_compiled",
     "select_counts",
+    "select_in_passes",
     "select_over",
     "select_over_stacked",
+    "select_rows_on_host",
     "share",
 ]
 

@@ -17,6 +17,10 @@ from jax.typing import ArrayLike
 from jaxmerge.methods.selection.keys import common_dtype, key_format
 
 _BLOCK = 1 << 16
+_SIGNLESS = np.uint32(0x7FFFFFFF)
+_NAN = np.uint32(0x7F800001)
+"""The key of NaN in float32."""
+
 _SAMPLE = 1 << 15
 """The most entries that are sampled."""
 _PER_SAMPLE = 32
@@ -34,6 +38,22 @@ class HostSelection(NamedTuple):
 
     threshold: int
     cuts: list[int]
+
+
+class HostRows(NamedTuple):
+    """Per row the key of the smallest kept value and the last kept index at it: uint32 and int32 [rows]."""
+
+    thresholds: np.ndarray
+    cuts: np.ndarray
+
+
+class Split(NamedTuple):
+    """How many values lie above a bracket, at its upper end and at its lower end, and the keys of those inside."""
+
+    above: int
+    at_high: int
+    inside: np.ndarray
+    at_low: int
 
 
 class _Block(NamedTuple):
@@ -123,6 +143,67 @@ def ranks_on_host(values: np.ndarray) -> np.ndarray:
         for _ in pool.map(rank, range(0, len(rows), step)):
             pass
     return ranks.reshape(values.shape)
+
+
+def select_rows_on_host(values: np.ndarray, counts: np.ndarray) -> HostRows:
+    """Selects in each row of a [rows, entries] array its own number of largest values, for rows of a core's cache.
+
+    Args:
+        values: Nonnegative float32, bfloat16 or float16.
+        counts: uint32 [rows]. Limited to 0..entries.
+    """
+    unsigned, width, infinity = key_format(values.dtype)
+    keys: np.ndarray = np.minimum(
+        np.ascontiguousarray(values).view(unsigned) & unsigned((1 << width) - 1),
+        unsigned(infinity + 1),
+    )
+    rows, entries = keys.shape
+    thresholds = np.full(rows, (1 << width) - 1, np.uint32)
+    cuts = np.full(rows, -1, np.int32)
+    kept = np.minimum(counts, entries).astype(np.int64)
+    for k in np.unique(kept[kept > 0]):
+        mine = np.flatnonzero(kept == k)
+        those = keys[mine]
+        least = np.partition(those, entries - k, axis=1)[:, entries - k, None]
+        equal = those == least
+        remaining = k - np.count_nonzero(those > least, axis=1)
+        # As many entries lie before the last one that is kept as have fewer than `remaining` equal ones up to them.
+        before = np.cumsum(equal, axis=1, dtype=np.int32) < remaining[:, None]
+        thresholds[mine] = least[:, 0]
+        cuts[mine] = np.count_nonzero(before, axis=1)
+    return HostRows(thresholds, cuts)
+
+
+def keys_on_host(values: np.ndarray) -> np.ndarray:
+    """`key_bits` of float32 values, flat, by NumPy."""
+    keys = values.reshape(-1).view(np.uint32) & _SIGNLESS
+    # Comparing is several times faster than limiting, which is hardly ever needed.
+    return np.minimum(keys, _NAN) if _number(keys >= _NAN) else keys
+
+
+def split_on_host(values: np.ndarray, low: int, high: int) -> Split:
+    """Counts float32 values whose keys are above a bracket or at its ends, and gathers those inside.
+
+    Args:
+        values: Of any shape. Several threads may each split one array.
+        low: The key at the lower end, or -1.
+        high: The key at the upper end, or 2**31.
+    """
+    flat = values.reshape(-1).view(np.uint32)
+    above = from_high = over_low = from_low = 0
+    inside: list[np.ndarray] = []
+    for start in range(0, flat.size, _BLOCK):
+        keys = keys_on_host(flat[start : start + _BLOCK])
+        above += _number(keys > np.uint32(high))
+        from_high += (ends := _number(keys >= np.uint32(high)))
+        over_low += (beyond := keys.size if low < 0 else _number(keys > np.uint32(low)))
+        from_low += keys.size if low < 0 else _number(keys >= np.uint32(low))
+        if beyond > ends:
+            # Taken by index: several times faster than by mask where there are many.
+            within = (keys - np.uint32(low + 1)) < np.uint32(high - low - 1)
+            inside.append(keys[np.flatnonzero(within)])
+    gathered = np.concatenate(inside) if inside else np.zeros(0, np.uint32)
+    return Split(above, from_high - above, gathered, from_low - over_low)
 
 
 class _Keys:

@@ -1,109 +1,110 @@
-"""The selection over a stream: counts that add up over chunks, or over the tensors of a model.
+"""The selection over values that are never in memory together: passes over their chunks.
 
-For float32 values two passes give the threshold, for 16-bit values one; a last one places the cut:
-
-1. Sum `histogram(chunk)` over the chunks, `top = refine(counts, k)`.
-2. Unless `levels(dtype)` is 1: sum `histogram(chunk, top.prefix)`,
-   `top = refine(counts, top.remaining, top.prefix)`.
-3. `top.prefix` is the threshold; `top.remaining` of the entries equal to it are kept. `share` says
-   how many of them lie in each chunk or tensor, from their `equal_count`; `cut_position` finds the
-   last one.
+A sample brackets the threshold, a pass counts what lies above the bracket, at its ends and inside, and where a bin
+inside holds more than one key, a further pass looks into it. A sample that misses costs passes, not exactness. Entries
+that are equal to the threshold are then shared among the tensors, and the last one that is kept is looked for where
+only some are.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
-from jaxmerge.methods.selection.kernel import (
-    Route,
-    by_platform,
-    digit_counts,
-    enter_digit,
-    nth_equal,
-)
-from jaxmerge.methods.selection.keys import checked_size, clipped_count, key_bits, key_format
+from jaxmerge.methods.selection.host import Split, keys_on_host, split_on_host
+from jaxmerge.methods.selection.keys import Selection, checked_total
 
-_LOW_BITS = 16
+_LIMIT = 1 << 31
+"""Above every key of float32."""
+
+_NOTHING = _LIMIT - 1
+_BINS = 1 << 18
+_SAMPLES = (1 << 15, 1 << 20)
+_SAMPLED = 256
+"""One of so many values is sampled, within the bounds of `_SAMPLES`."""
+
+_DEVIATIONS = 5.0
+"""Half of the bracket's width, in standard deviations of the sample's quantile."""
+
+Ranked = Sequence[np.ndarray]
+Look = Callable[[str, int, Ranked], Any]
 
 
-class Refinement(NamedTuple):
-    """What the levels so far say about the smallest kept value.
+class Passes(Protocol):
+    """Makes a pass over the chunks of all tensors, or of those with some names.
 
-    Attributes:
-        prefix: uint32 scalar, the high bits of its key; after the last level, the whole key.
-        remaining: uint32 scalar, how many entries with this prefix are kept.
+    Calls a function with the name of a tensor, the flat index of the chunk's first value and one float32 array for each
+    ranking, perhaps in several threads; yields what it gives, in the chunks' order.
     """
 
-    prefix: Array
-    remaining: Array
+    def __call__(self, look: Look, names: Sequence[str] = ()) -> Iterator[Any]: ...
 
 
-def levels(dtype: np.dtype) -> int:
-    """The number of histograms that a selection needs: 2 for float32, 1 for 16-bit types."""
-    return 2 if key_format(dtype).width > _LOW_BITS else 1
+class _Threshold(NamedTuple):
+    """The key of the smallest kept value, how many of the entries equal to it are kept, and how many there are."""
+
+    key: int
+    kept: int
+    equal: int
 
 
-def histogram(values: Array, prefix: ArrayLike | None = None) -> Array:
-    """Counts the values by the high bits of their keys, or by the low ones below a prefix.
+class _Bracket(NamedTuple):
+    """Keys that a threshold lies between, ends included."""
+
+    low: int = -1
+    high: int = _LIMIT
+
+
+Place = tuple[int, int]
+"""A ranking, and one of its selections."""
+
+
+def select_in_passes(
+    passes: Passes, counts: Sequence[Sequence[int]], sizes: Mapping[str, int]
+) -> dict[str, list[tuple[Selection, ...]]]:
+    """Selects, for each ranking, the largest values of all tensors together.
 
     Args:
-        values: float32, bfloat16 or float16 array of any shape.
-        prefix: `Refinement.prefix` of the level before; float32 values only.
+        passes: makes a pass over nonnegative values; signs are ignored, NaN counts as larger than infinity.
+        counts: For each ranking, how many values each of its selections keeps. Limited to 0..the number of values.
+        sizes: The number of values by the tensors' names, in the order in which they keep equal ones.
 
     Returns:
-        uint32 [32768], or [65536] with a prefix. Sums over chunks are counts of the whole.
+        For each tensor and ranking a tuple of selections, one for each count.
 
     Raises:
-        ValueError: If 16-bit values are given with a prefix: their first level is the whole key.
+        ValueError: If all tensors together have 2**32 entries or more, or one has 2**31.
 
     Example:
-        >>> counts = histogram(jnp.array([1.0, 2.0, 1.0]))
-        >>> int(counts.sum()), int(counts.max())
-        (3, 2)
+        >>> values = {"a": np.array([0.5, 2.0], np.float32), "b": np.array([0.5, 1.0], np.float32)}
+        >>> def passes(look, names=()):
+        ...     return (look(name, 0, [values[name]]) for name in names or values)
+        >>> found = select_in_passes(passes, [[3]], {"a": 2, "b": 2})
+        >>> [int(found[name][0][0].cut) for name in values]
+        [0, -1]
     """
-    if prefix is None:
-        return _histogram(values)
-    if levels(values.dtype) == 1:
-        raise ValueError(f"{values.dtype} keys have one level: no prefix was expected")
-    return _histogram_below(values, jnp.asarray(prefix, jnp.uint32))
-
-
-@jax.jit
-def refine(counts: Array, k: Array, prefix: Array | None = None) -> Refinement:
-    """Descends one level: finds the bin in which the k-th largest value lies.
-
-    Args:
-        counts: uint32 `histogram` of everything, by the bits below `prefix`.
-        k: How many of the counted entries are kept: the count at the first level, then the
-            `remaining` of the level before. Limited to the number of entries.
-        prefix: The prefix of the level before.
-
-    Returns:
-        The prefix longer by one level, and how many entries with that prefix are kept.
-
-    Example:
-        >>> values = jnp.array([1.0, 2.0, 1.0, 0.5])
-        >>> top = refine(histogram(values), 2)
-        >>> low = refine(histogram(values, top.prefix), top.remaining, top.prefix)
-        >>> hex(int(low.prefix)), int(low.remaining)
-        ('0x3f800000', 1)
-    """
-    total = jnp.sum(counts, dtype=jnp.uint32)
-    k = jnp.minimum(jnp.asarray(k).astype(jnp.uint32), total)
-    digit, remaining = by_platform(enter_digit, counts, k)
-    if prefix is None:
-        return Refinement(digit, remaining)
-    return Refinement((jnp.asarray(prefix, jnp.uint32) << _LOW_BITS) | digit, remaining)
-
-
-@jax.jit
-def equal_count(values: Array, threshold: Array) -> Array:
-    """The number of values whose key is the threshold, as uint32 scalar."""
-    return jnp.sum(key_bits(values) == jnp.asarray(threshold, jnp.uint32), dtype=jnp.uint32)
+    total = checked_total([(size,) for size in sizes.values()])
+    wanted = {
+        (i, j): min(max(int(k), 0), total) for i, ks in enumerate(counts) for j, k in enumerate(ks)
+    }
+    found = _thresholds(passes, wanted, sizes)
+    kept = _shares(passes, found, sizes)
+    cuts = {name: _cuts(passes, found, kept[name], name, size) for name, size in sizes.items()}
+    return {
+        name: [
+            tuple(
+                Selection(np.uint32(found[i, j].key), np.int32(cuts[name][i, j]))  # type: ignore[arg-type]
+                for j in range(len(ks))
+            )
+            for i, ks in enumerate(counts)
+        ]
+        for name in sizes
+    }
 
 
 @jax.jit
@@ -111,7 +112,7 @@ def share(equal_counts: Array, remaining: Array) -> Array:
     """Splits the kept entries at the threshold over tensors (or chunks): earlier ones first.
 
     Args:
-        equal_counts: uint32 [tensors], each tensor's `equal_count`, in order.
+        equal_counts: uint32 [tensors], how many entries of each are equal to the threshold, in order.
         remaining: How many of those entries are kept.
 
     Returns:
@@ -127,50 +128,182 @@ def share(equal_counts: Array, remaining: Array) -> Array:
     return jnp.minimum(jnp.maximum(remaining, before) - before, counts)
 
 
-def cut_position(values: Array, threshold: ArrayLike, m: ArrayLike) -> Array:
-    """The flat index of the m-th entry (from 1) whose key is the threshold.
+def _thresholds(
+    passes: Passes, wanted: Mapping[Place, int], sizes: Mapping[str, int]
+) -> dict[Place, _Threshold]:
+    found = {place: _Threshold(_NOTHING, 0, 0) for place, k in wanted.items() if k == 0}
+    open_ = {place: k for place, k in wanted.items() if k}
+    if not open_:
+        return found
+    brackets = _sampled_brackets(passes, open_, sizes)
+    while open_:
+        counted = {place: _Counted(brackets[place]) for place in open_}
 
-    Args:
-        values: float32, bfloat16 or float16 array of any shape.
-        threshold: uint32 scalar key.
-        m: At most the number of such entries.
+        def split(name: str, start: int, ranked: Ranked, counted: Any = counted) -> list[Split]:
+            return [split_on_host(ranked[i], *one.bracket) for (i, _), one in counted.items()]
 
-    Returns:
-        int32 scalar; -1 for m = 0.
-
-    Example:
-        >>> int(cut_position(jnp.array([1.0, 3.0, 1.0]), key_bits(jnp.float32(1.0)), 2))
-        2
-    """
-    size = checked_size(values.shape)
-    if size == 0:
-        return jnp.int32(-1)
-    return _cut_position(values, jnp.asarray(threshold, jnp.uint32), clipped_count(m, size))
-
-
-@jax.jit
-def _histogram(values: Array) -> Array:
-    width = key_format(values.dtype).width
-    shift = _LOW_BITS if width > _LOW_BITS else 0
-    return _counts(values, jnp.uint32(0), jnp.uint32(shift), width - shift)
-
-
-@jax.jit
-def _histogram_below(values: Array, prefix: Array) -> Array:
-    return _counts(values, prefix, jnp.uint32(0), _LOW_BITS)
+        for parts in passes(split):
+            for one, part in zip(counted.values(), parts, strict=True):
+                one.add(part)
+        for place, one in counted.items():
+            outcome = one.kth(open_[place])
+            if isinstance(outcome, _Threshold):
+                found[place] = outcome
+                del open_[place]
+            else:
+                brackets[place] = outcome
+    return found
 
 
-def _counts(values: Array, prefix: Array, shift: Array, bits: int) -> Array:
-    def kernel(values: Array, prefix: Array, shift: Array, *, route: Route) -> Array:
-        return digit_counts(values, key_bits, prefix, shift, bits, route)
+class _Counted:
+    """What lies above a bracket, at its ends, and, by bins of one key or more, inside."""
 
-    # So many bins cannot be counted by comparisons: accelerators scatter, too.
-    return by_platform(kernel, values, prefix, shift, accelerator="histogram")
+    def __init__(self, bracket: _Bracket) -> None:
+        self.bracket = bracket
+        self._first = bracket.low + 1
+        self._shift = max(0, (bracket.high - bracket.low - 1).bit_length() - _BINS.bit_length() + 1)
+        self._bins = np.zeros(max(0, (bracket.high - self._first - 1 >> self._shift) + 1), np.int64)
+        self._above = self._at_high = self._at_low = 0
+        self._waiting: list[np.ndarray] = []
+        self._held = 0
+
+    def add(self, part: Split) -> None:
+        self._above += part.above
+        self._at_high += part.at_high
+        self._at_low += part.at_low
+        if part.inside.size:
+            self._waiting.append(part.inside)
+            self._held += part.inside.size
+            if self._held > _BINS:
+                self._sort_in()
+
+    def kth(self, k: int) -> _Threshold | _Bracket:
+        """The threshold of the k largest, or the bracket that it lies in."""
+        self._sort_in()
+        low, high = self.bracket
+        if k <= self._above:
+            return _Bracket(high, _LIMIT)
+        k -= self._above
+        if k <= self._at_high:
+            return _Threshold(high, k, self._at_high)
+        k -= self._at_high
+        inside = int(self._bins.sum())
+        if k <= inside:
+            at_least = np.cumsum(self._bins[::-1])
+            back = int(np.searchsorted(at_least, k))
+            place, held = self._bins.size - 1 - back, int(self._bins[::-1][back])
+            key = self._first + (place << self._shift)
+            if self._shift == 0:
+                return _Threshold(key, k - (int(at_least[back]) - held), held)
+            return _Bracket(key - 1, key + (1 << self._shift))
+        k -= inside
+        if k <= self._at_low:
+            return _Threshold(low, k, self._at_low)
+        return _Bracket(-1, low)
+
+    def _sort_in(self) -> None:
+        if self._waiting:
+            keys = np.concatenate(self._waiting).astype(np.int64) - self._first
+            self._bins += np.bincount(keys >> self._shift, minlength=self._bins.size)
+            self._waiting, self._held = [], 0
 
 
-@jax.jit
-def _cut_position(values: Array, threshold: Array, m: Array) -> Array:
-    def kernel(values: Array, threshold: Array, m: Array, *, route: Route) -> Array:
-        return nth_equal(values, key_bits, threshold, m, route)
+def _sampled_brackets(
+    passes: Passes, wanted: Mapping[Place, int], sizes: Mapping[str, int]
+) -> dict[Place, _Bracket]:
+    total = sum(sizes.values())
+    fewest, most = _SAMPLES
+    number = min(max(total // _SAMPLED, fewest), most)
+    if total < 4 * number:
+        return {place: _Bracket() for place in wanted}
+    # One in each of as many equal parts; the generator is fixed: the sample decides the time, not the result.
+    jitter = np.random.default_rng(0).random(number)
+    positions = ((np.arange(number) + jitter) * (total / number)).astype(np.int64)
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
 
-    return by_platform(kernel, values, threshold, m)
+    def pick(name: str, start: int, ranked: Ranked) -> list[np.ndarray]:
+        begin = int(starts[name]) + start
+        a, b = np.searchsorted(positions, [begin, begin + ranked[0].size])
+        return [keys_on_host(values.reshape(-1)[positions[a:b] - begin]) for values in ranked]
+
+    picked = list(passes(pick))
+    samples = [np.sort(np.concatenate(parts)) for parts in zip(*picked, strict=True)]
+    brackets = {}
+    for (i, j), k in wanted.items():
+        above = k / total * samples[i].size
+        margin = _DEVIATIONS * (above * (1 - k / total)) ** 0.5 + _DEVIATIONS
+        low, high = (int(samples[i].size - above + side * margin) for side in (-1, 1))
+        brackets[i, j] = _Bracket(
+            int(samples[i][low]) if low >= 0 else -1,
+            int(samples[i][high]) if high < samples[i].size else _LIMIT,
+        )
+    return brackets
+
+
+def _shares(
+    passes: Passes, found: Mapping[Place, _Threshold], sizes: Mapping[str, int]
+) -> dict[str, dict[Place, tuple[int, int]]]:
+    """By tensor and selection: how many entries at the threshold are kept, and how many there are."""
+    if len(sizes) == 1:
+        return {
+            name: {place: (one.kept, one.equal) for place, one in found.items()} for name in sizes
+        }
+    # Where all are kept, or none, it does not matter how many they are.
+    kept = {
+        name: {place: (min(one.kept, 1), min(one.kept, 1)) for place, one in found.items()}
+        for name in sizes
+    }
+    split = {place: one for place, one in found.items() if 0 < one.kept < one.equal}
+    if not split:
+        return kept
+    equal = {name: np.zeros(len(split), np.int64) for name in sizes}
+
+    def count(name: str, start: int, ranked: Ranked) -> tuple[str, list[int]]:
+        return name, [
+            int(np.count_nonzero(keys_on_host(ranked[i]) == one.key))
+            for (i, _), one in split.items()
+        ]
+
+    for name, numbers in passes(count):
+        equal[name] += numbers
+    for column, (place, one) in enumerate(split.items()):
+        left = one.kept
+        for name in sizes:
+            there = int(equal[name][column])
+            kept[name][place] = (min(left, there), there)
+            left -= min(left, there)
+    return kept
+
+
+def _cuts(
+    passes: Passes,
+    found: Mapping[Place, _Threshold],
+    kept: Mapping[Place, tuple[int, int]],
+    name: str,
+    size: int,
+) -> dict[Place, int]:
+    """The index of a tensor's last entry at the threshold that is kept; its last index where all are."""
+    cuts = {place: size - 1 if 0 < mine == there else -1 for place, (mine, there) in kept.items()}
+    left = {place: mine for place, (mine, there) in kept.items() if 0 < mine < there}
+    if not left:
+        return cuts
+    sought = list(left)
+
+    def count(name: str, start: int, ranked: Ranked) -> tuple[int, list[int], Ranked]:
+        numbers = [
+            int(np.count_nonzero(keys_on_host(ranked[i]) == found[i, j].key)) for i, j in sought
+        ]
+        return start, numbers, ranked
+
+    for start, numbers, ranked in passes(count, [name]):
+        for place, number in zip(sought, numbers, strict=True):
+            if place not in left:
+                continue
+            if left[place] <= number:
+                equal = np.flatnonzero(keys_on_host(ranked[place[0]]) == found[place].key)
+                cuts[place] = start + int(equal[left.pop(place) - 1])
+            else:
+                left[place] -= number
+        if not left:
+            break
+    return cuts

@@ -1,0 +1,119 @@
+"""The streamed merge: pieces of planned tensors in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from jaxmerge.converters.dtypes import storage_dtype
+from jaxmerge.recipes.plan import Plan, PlannedTensor
+from jaxmerge.recipes.streaming import memory
+from jaxmerge.recipes.streaming.cuts import cuts_of
+from jaxmerge.recipes.streaming.grouping import Group, Grouping, Window
+from jaxmerge.recipes.streaming.numbers import Numbers
+from jaxmerge.recipes.streaming.piece import Piece
+from jaxmerge.recipes.streaming.pipeline import in_order
+from jaxmerge.recipes.streaming.sources import Sources
+from jaxmerge.recipes.streaming.whole_model import measure_whole_model
+from jaxmerge.recipes.streaming.work import Shop, Work
+
+Result = TypeVar("Result")
+
+_LANES = 2
+
+
+def merged(
+    plan: Plan, tensors: Iterable[PlannedTensor], *, memory_limit: int | None = None
+) -> Iterator[Piece]:
+    """Merges some tensors of a plan, piece by piece.
+
+    Every tensor is merged by the leaf functions that merge it in memory. Reading, computing and what the caller does
+    with a piece overlap. What a tensor becomes depends neither on the memory limit nor on which others are asked for.
+
+    Args:
+      plan: the plan.
+      tensors: those of its tensors that are wanted, in an order that the sources can be read in.
+      memory_limit: the bytes that the process may hold; default: three quarters of what is free.
+
+    Yields:
+      The tensors' pieces, tensor by tensor in the order given, from the first element to the last.
+
+    Raises:
+      CheckpointError: a source holds NaN or infinity, or cannot be read.
+    """
+    limit = memory.default_limit() if memory_limit is None else memory_limit
+    shares = memory.shares(limit, plan.tensors, plan.merges)
+    grouping, numbers = Grouping(plan), Numbers(plan)
+    with Sources(plan) as sources, ThreadPoolExecutor(shares.threads) as pool:
+        shop = Shop(sources, numbers, pool, ahead=2 * shares.threads)
+
+        def begin(group: Group) -> Work:
+            return Work(shop, group, keep=_is_kept(group, shares.kept))
+
+        def in_windows(
+            chosen: Iterable[PlannedTensor], produce: Callable[[Window], Iterator[Result]]
+        ) -> Iterator[Result]:
+            return in_order(
+                grouping.windows(chosen),
+                produce,
+                held=lambda window: _held(window, shares.kept),
+                room=shares.kept,
+                lanes=min(_LANES, shares.threads),
+            )
+
+        def over_groups(
+            chosen: Sequence[PlannedTensor], produce: Callable[[Group], Iterator[Result]]
+        ) -> Iterator[Result]:
+            return in_windows(
+                chosen,
+                lambda window: (result for group in window.groups for result in produce(group)),
+            )
+
+        of_model = measure_whole_model(plan, over_groups, begin, numbers)
+
+        def pieces(window: Window) -> Iterator[Piece]:
+            small: dict[str, Piece] = {}
+            alone: dict[str, Group] = {}
+            for group in window.groups:
+                if group.rows is None:
+                    alone[group.tensors[0].name] = group
+                    continue
+                work = begin(group)
+                work.measure(of_model.get(group.tensors[0].merge, {}))
+                small.update((piece.name, piece) for piece in work.merged())
+            for tensor in window.tensors:
+                if tensor.action == "carry":
+                    yield from _carried(sources, tensor)
+                elif tensor.name in small:
+                    yield small.pop(tensor.name)
+                else:
+                    work = begin(alone[tensor.name])
+                    work.measure(of_model.get(tensor.merge, {}))
+                    yield from work.merged()
+
+        yield from in_windows(tensors, pieces)
+
+
+def _carried(sources: Sources, tensor: PlannedTensor) -> Iterator[Piece]:
+    (one,) = tensor.models[:1]
+    dtype = storage_dtype(tensor.dtype)
+    for cut in cuts_of("elements", (math.prod(tensor.shape),)):
+        values = sources.read(one, cut.start, cut.stop).astype(dtype, copy=False)
+        yield Piece(tensor.name, cut.start, values, cut.stop == math.prod(tensor.shape))
+    if not math.prod(tensor.shape):
+        yield Piece(tensor.name, 0, sources.read(one, 0, 0).astype(dtype, copy=False), True)
+
+
+def _is_kept(group: Group, kept: int) -> bool:
+    return group.is_measured and group.nbytes <= kept
+
+
+def _held(window: Window, kept: int) -> int:
+    """The bytes of sources that a window keeps at once."""
+    together = sum(group.nbytes for group in window.groups if group.rows is not None)
+    alone = [
+        group.nbytes for group in window.groups if group.rows is None and _is_kept(group, kept)
+    ]
+    return together + max(alone, default=0)
