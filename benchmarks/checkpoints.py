@@ -39,7 +39,12 @@ class Layout:
             else:
                 yield from self._mlp(f"{layer}.mlp")
             yield f"{layer}.post_attention_layernorm.weight", (self.width,)
-            for name, size in (("k", self.kv), ("o", self.width), ("q", self.width), ("v", self.kv)):
+            for name, size in (
+                ("k", self.kv),
+                ("o", self.width),
+                ("q", self.width),
+                ("v", self.kv),
+            ):
                 yield f"{layer}.self_attn.{name}_proj.weight", (size, self.width)
         yield "model.norm.weight", (self.width,)
 

@@ -20,6 +20,14 @@ Imports = Annotated[
         help="A module or .py file to import first: it registers methods of your own.",
     ),
 ]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="BYTES",
+        help="The most memory to hold: 1GiB, 512MB, 50%. Default: three quarters of what is free.",
+    ),
+]
 
 
 def import_all(sources: list[str] | None) -> None:

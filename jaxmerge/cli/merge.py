@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from jaxmerge.cli.arguments import DeviceOption, Imports, Overwrite, RecipePath, Seed, import_all
+from jaxmerge.cli.arguments import (
+    DeviceOption,
+    Imports,
+    MemoryLimit,
+    Overwrite,
+    RecipePath,
+    Seed,
+    import_all,
+)
 from jaxmerge.cli.consoles import note, notes, say
 from jaxmerge.cli.device import Device, use
 from jaxmerge.cli.progress import progress
@@ -45,6 +53,7 @@ def merge(
             help="The most bytes of tensors in one file of a folder: 5B, 5GB, 500MB.",
         ),
     ] = "5GB",
+    memory_limit: MemoryLimit = None,
     distributed: Annotated[
         bool,
         typer.Option(
@@ -72,6 +81,7 @@ def merge(
     from jaxmerge.recipes.output import bytes_text, parse_bytes
     from jaxmerge.recipes.processes import ALONE, connect
     from jaxmerge.recipes.remote import check_free, is_remote, publish, staged
+    from jaxmerge.recipes.streaming.memory import parse_limit
 
     several = distributed or {coordinator, process_id, num_processes} != {None}
     processes = connect(coordinator, process_id, num_processes) if several else ALONE
@@ -83,8 +93,13 @@ def merge(
         remote = is_remote(out)
         if remote and processes.count > 1:
             raise ValueError(f"{out}: several processes need a folder that they share")
+        limit = None if memory_limit is None else parse_limit(memory_limit)
         plan = make_plan(
-            read(recipe), out=staged(out) if remote else out, overwrite=overwrite, seed=seed
+            read(recipe),
+            out=staged(out) if remote else out,
+            overwrite=overwrite,
+            seed=seed,
+            memory_limit=limit,
         )
         if loud:
             notes(plan.notes)
@@ -100,6 +115,7 @@ def merge(
                 plan,
                 format=None if format is None else format.value,
                 shard_size=parse_bytes(shard_size),
+                memory_limit=limit,
                 progress=lambda name, done, total: report(done, total),
                 processes=processes,
             )

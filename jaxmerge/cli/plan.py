@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jaxmerge.cli.arguments import Imports, Json, Overwrite, RecipePath, Seed, import_all
+from jaxmerge.cli.arguments import (
+    Imports,
+    Json,
+    MemoryLimit,
+    Overwrite,
+    RecipePath,
+    Seed,
+    import_all,
+)
 from jaxmerge.cli.consoles import say, show
 from jaxmerge.cli.device import Device, use
 
@@ -28,6 +36,7 @@ def plan(
     overwrite: Overwrite = False,
     json: Json = False,
     all_rows: Annotated[bool, typer.Option("--all", help="List every tensor.")] = False,
+    memory_limit: MemoryLimit = None,
     imports: Imports = None,
 ) -> None:
     """Show what a merge will do; reads headers only.
@@ -36,10 +45,12 @@ def plan(
     will differ from mergekit's.
     """
     from jaxmerge.recipes import make_plan, read
+    from jaxmerge.recipes.streaming.memory import parse_limit
 
     use(Device.cpu)
     import_all(imports)
-    made = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed)
+    limit = None if memory_limit is None else parse_limit(memory_limit)
+    made = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed, memory_limit=limit)
     if json:
         typer.echo(made.to_json())
     else:
@@ -95,8 +106,8 @@ def _show_tensors(made: Plan, all_rows: bool) -> None:
 
 
 def _show_amounts(made: Plan) -> None:
+    from jaxmerge.recipes.free_memory import available_memory
     from jaxmerge.recipes.output import bytes_text
-    from jaxmerge.sweeping import available_memory
 
     merged = sum(tensor.action == "merge" for tensor in made.tensors)
     say(f"\nTensors: {merged} merged, {len(made.tensors) - merged} carried over")

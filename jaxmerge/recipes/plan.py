@@ -18,10 +18,11 @@ from jaxmerge.methods import MergeMethod
 from jaxmerge.recipes.adapters import AdapterTerm
 from jaxmerge.recipes.errors import PlanError, place
 from jaxmerge.recipes.inputs import RowMap
-from jaxmerge.recipes.output import is_finished, is_unfinished, output_problems
+from jaxmerge.recipes.output import bytes_text, is_finished, is_unfinished, output_problems
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.resolve import Resolved, resolve
 from jaxmerge.recipes.schema import Recipe
+from jaxmerge.recipes.streaming.memory import memory_needed
 from jaxmerge.tree import depths, nearest
 
 _LISTED = 5
@@ -142,7 +143,7 @@ class Plan:
         ties: groups of names that all sources tie, and the output ties again.
         bytes_read: from all sources.
         bytes_written: to the output.
-        memory: bytes that merging takes, see `memory_needed`.
+        memory: bytes that merging takes at least, see `memory_needed`.
         seed: of random methods.
         fingerprint: sha256 (hex) of the resolved recipe, seed, sources' headers, sizes and times of
             change, and the library's version: what decides the output's bytes.
@@ -228,6 +229,7 @@ def make_plan(
     out: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    memory_limit: int | None = None,
 ) -> Plan:
     """Makes the plan of a merge; reads headers only.
 
@@ -241,6 +243,7 @@ def make_plan(
             of the output.
         overwrite: an output that exists may be replaced.
         seed: of random methods.
+        memory_limit: bytes that the merge may hold in memory, all in all; None for no limit.
 
     Raises:
         RecipeError: the recipe cannot be resolved.
@@ -262,6 +265,14 @@ def make_plan(
     base = positions[0] if resolved.base else None
     tensors = _tensors(resolved, sources, models, base, ties)
     merges = (PlannedMerge(resolved.method, resolved.options),)
+    memory = memory_needed(tensors, merges)
+    if memory_limit is not None and memory > memory_limit:
+        raise PlanError(
+            [
+                f"{resolved.method.name} needs {bytes_text(memory)} of memory here, more than the "
+                f"limit of {bytes_text(memory_limit)}"
+            ]
+        )
     fingerprint = _fingerprint(resolved, sources, seed)
     written = _bytes_written(tensors, output)
     if output is not None:
@@ -286,7 +297,7 @@ def make_plan(
         ties=ties,
         bytes_read=sum(source.nbytes for source in sources),
         bytes_written=written,
-        memory=memory_needed(tensors, sources, whole_model=any(map(measures_whole_model, merges))),
+        memory=memory,
         seed=seed,
         fingerprint=fingerprint,
         output=output,
@@ -295,43 +306,6 @@ def make_plan(
         done=output is not None and not overwrite and is_finished(output, fingerprint),
         notes=(*resolved.notes, *planner.notes),
     )
-
-
-def memory_needed(
-    tensors: Iterable[PlannedTensor],
-    sources: Sequence[PlannedSource],
-    *,
-    whole_model: bool = False,
-) -> int:
-    """Returns the bytes that merging takes.
-
-    For a tensor of n elements from S inputs: the inputs as stored, S float32 copies, two more
-    for the result and for scratch (8 n), and the output as stored:
-
-        sum_s bytes_s + 4 n (S + 2) + bytes_out
-
-    at the largest tensor; of all tensors together for a method that measures the whole model
-    before it merges the first tensor.
-
-    Args:
-        tensors: those of the plan.
-        sources: those of the plan.
-        whole_model: all tensors are in memory at once.
-    """
-    needed = [0]
-    for tensor in tensors:
-        inputs = set(tensor.inputs)
-        stored = sum(sources[one.source].tensors[one.name].nbytes for one in inputs)
-        if tensor.action == "merge":
-            stored += 4 * math.prod(tensor.shape) * (len(inputs) + 2)
-        needed.append(stored + tensor.nbytes)
-    return sum(needed) if whole_model else max(needed)
-
-
-def measures_whole_model(merge: PlannedMerge) -> bool:
-    """Whether a method measures all tensors before it merges the first one."""
-    leaf = merge.method.leaf
-    return leaf is None or any(measure.scope == "model" for measure in leaf.measures)
 
 
 class _Planner:

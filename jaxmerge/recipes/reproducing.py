@@ -22,9 +22,10 @@ from jaxmerge.recipes.errors import PlanError, RecipeError, did_you_mean
 from jaxmerge.recipes.output import RECORD, is_file
 from jaxmerge.recipes.plan import Plan, make_plan
 from jaxmerge.recipes.provenance import METADATA_KEY, UNKNOWN
-from jaxmerge.recipes.run import Piece, pieces
 from jaxmerge.recipes.schema import parse
 from jaxmerge.recipes.source_files import SourceHashes, check_unchanged
+from jaxmerge.recipes.streaming.merging import merged
+from jaxmerge.recipes.streaming.piece import Piece
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _compare(
         if tensor.name not in found:
             names.setdefault(tensor.identity, []).append(tensor.name)
     done, total = 0, sum(tensors[name].nbytes for name in names)
-    for piece in pieces(plan, [tensors[name] for name in names]):
+    for piece in merged(plan, [tensors[name] for name in names]):
         for name in names[piece.name]:
             difference = _difference(name, piece, checkpoint, found.get(name))
             if difference is not None:

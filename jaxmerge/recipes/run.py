@@ -7,11 +7,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import jax
 import numpy as np
 
 from jaxmerge.converters import (
@@ -23,17 +22,16 @@ from jaxmerge.converters import (
     save_checkpoint,
 )
 from jaxmerge.converters.byte_io import as_bytes
-from jaxmerge.converters.dtypes import storage_dtype
-from jaxmerge.methods import merge
 from jaxmerge.recipes import model_card, provenance, side_files
 from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.inputs import read_whole
 from jaxmerge.recipes.output import is_file
-from jaxmerge.recipes.plan import Plan, PlannedInput, PlannedTensor, measures_whole_model
+from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.processes import ALONE, Processes
 from jaxmerge.recipes.source_files import SourceHashes, check_unchanged
+from jaxmerge.recipes.streaming.merging import merged
+from jaxmerge.recipes.streaming.piece import Piece
 from jaxmerge.recipes.workplace import Workplace, journals, workplace
-from jaxmerge.tree import Layout, TensorLayout
 
 Progress = Callable[[str, int, int], None]
 Format = Literal["safetensors", "torch"]
@@ -51,6 +49,7 @@ def run(
     *,
     format: Format | None = None,
     shard_size: int | None = SHARD_SIZE,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> Path:
@@ -65,6 +64,7 @@ def run(
       format: of the output; None: from the output's suffix, a folder being safetensors.
       shard_size: for a folder of safetensors, the most bytes of tensors in one file; a larger tensor
         gets a file of its own. None: one file.
+      memory_limit: the bytes that this process may hold; default: three quarters of what is free.
       progress: called after each tensor with its name, the bytes written so far, and all bytes.
       processes: those that run the same plan together; each merges its share of the files.
 
@@ -90,9 +90,9 @@ def run(
             if not processes.index:
                 _agree(processes, head)
             if chosen == "torch":
-                _write_torch(plan, place, progress, processes)
+                _write_torch(plan, place, memory_limit, progress, processes)
             else:
-                _write_safetensors(plan, place, limit, progress, processes)
+                _write_safetensors(plan, place, limit, memory_limit, progress, processes)
         processes.meet("the output is whole")
     return plan.output
 
@@ -114,6 +114,7 @@ def _write_safetensors(
     plan: Plan,
     place: Workplace,
     shard_size: int | None,
+    memory_limit: int | None,
     progress: Progress | None,
     processes: Processes,
 ) -> None:
@@ -138,7 +139,8 @@ def _write_safetensors(
         names = _pending(plan, writer, rank)
         written = [name for tied in names.values() for name in tied]
         steps = _Steps(plan, written, progress, processes)
-        for piece in pieces(plan, [steps.tensors[name] for name in names]):
+        wanted = [steps.tensors[name] for name in names]
+        for piece in merged(plan, wanted, memory_limit=memory_limit):
             for name in names[piece.name]:
                 digest = writer.write_flat(name, piece.start, piece.values)
                 if digest is not None:
@@ -158,7 +160,11 @@ def _write_safetensors(
 
 
 def _write_torch(
-    plan: Plan, place: Workplace, progress: Progress | None, processes: Processes
+    plan: Plan,
+    place: Workplace,
+    memory_limit: int | None,
+    progress: Progress | None,
+    processes: Processes,
 ) -> None:
     """Writes one PyTorch file, which is a whole: from memory, by one process, and not to be gone on with."""
     if processes.index:
@@ -167,7 +173,7 @@ def _write_torch(
     steps = _Steps(plan, [tensor.name for tensor in tensors], progress, processes)
     values: dict[str, np.ndarray] = {}
     with _hashing(plan, place, ALONE) as hashes:
-        for piece in pieces(plan, tensors):
+        for piece in merged(plan, tensors, memory_limit=memory_limit):
             tensor = steps.tensors[piece.name]
             if piece.name not in values:
                 values[piece.name] = np.empty(math.prod(tensor.shape), piece.values.dtype)
@@ -319,83 +325,6 @@ def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.
     return models, None if plan.base is None else base
 
 
-class Piece(NamedTuple):
-    """Successive elements of one tensor of the output, flat and in its dtype."""
-
-    name: str
-    start: int
-    values: np.ndarray
-    last: bool
-
-
-def pieces(plan: Plan, tensors: Sequence[PlannedTensor]) -> Iterator[Piece]:
-    """Merges tensors in the order given."""
-    at_once = any(map(measures_whole_model, plan.merges))
-    merged = _merge_in_memory(plan, tensors) if at_once else _merge_by_tensor(plan, tensors)
-    for name, array in merged:
-        yield Piece(name, 0, array.reshape(-1), True)
-
-
-def _merge_in_memory(
-    plan: Plan, tensors: Sequence[PlannedTensor]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """For methods that measure the whole model before they write a tensor."""
-    models, base = load_sources(plan)
-    untied = [tensor.name for tensor in plan.tensors if tensor.tied_to is None]
-    hyperparameters: dict[str, Any] = dict(plan.resolved.hyperparameters)
-    method = plan.resolved.method
-    with _wide_enough(plan.tensors):
-        merged = merge(
-            method,
-            [{name: model[name] for name in untied} for model in models],
-            base=None if base is None else {name: base[name] for name in untied},
-            key=jax.random.key(plan.seed),
-            dtype=plan.resolved.written_dtype,
-            **hyperparameters,
-        )
-    merged = method.params_of(merged)
-    for tensor in tensors:
-        yield tensor.name, _stored(merged[tensor.tied_to or tensor.name], tensor)
-
-
-def _merge_by_tensor(
-    plan: Plan, tensors: Sequence[PlannedTensor]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """One tensor at a time; memory holds one tensor of every source."""
-    key = jax.random.key(plan.seed)
-    with _open_all(plan) as checkpoints:
-
-        def read(one: PlannedInput) -> np.ndarray:
-            return read_whole(checkpoints, plan, one)
-
-        for tensor in tensors:
-            if tensor.action == "carry":
-                yield tensor.name, read(tensor.models[0])
-                continue
-            # A tied name has the values of the name that it is tied to, and so its identity.
-            name = tensor.identity
-            method = plan.merges[tensor.merge].method
-            hyperparameters: dict[str, Any] = dict(tensor.hyperparameters)
-            with _wide_enough([tensor]):
-                merged = merge(
-                    method,
-                    [{name: read(model)} for model in tensor.models],
-                    base=None if tensor.base is None else {name: read(tensor.base)},
-                    key=key,
-                    layout=Layout({name: TensorLayout((name,), depths=(tensor.depth,))}),
-                    dtype=storage_dtype(tensor.dtype),
-                    **hyperparameters,
-                )
-            merged = method.params_of(merged)
-            yield tensor.name, _stored(merged[name], tensor)
-
-
-def _wide_enough(tensors: Iterable[PlannedTensor]) -> contextlib.AbstractContextManager[Any]:
-    """Float64 tensors are merged in float64."""
-    wide = any(one.dtype == "float64" for tensor in tensors for one in tensor.inputs)
-    return jax.enable_x64(True) if wide else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def _open_all(plan: Plan) -> Iterator[list[Checkpoint]]:
     with contextlib.ExitStack() as stack:
@@ -403,11 +332,6 @@ def _open_all(plan: Plan) -> Iterator[list[Checkpoint]]:
             stack.enter_context(open_checkpoint(source.path, key=source.key))
             for source in plan.sources
         ]
-
-
-def _stored(merged: Any, tensor: PlannedTensor) -> np.ndarray:
-    array = np.asarray(merged)
-    return array if array.dtype.name == tensor.dtype else array.astype(storage_dtype(tensor.dtype))
 
 
 def _has_torch_suffix(output: Path) -> bool:

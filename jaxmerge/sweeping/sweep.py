@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.recipes import Plan, PlanError, load_sources
+from jaxmerge.recipes.free_memory import available_memory
 from jaxmerge.recipes.output import bytes_text
 from jaxmerge.sweeping import balance
 from jaxmerge.sweeping.evaluator import Evaluator, EvaluatorError
 from jaxmerge.sweeping.grid import Grid
-from jaxmerge.sweeping.memory import available_memory
 from jaxmerge.tree import nearest
 
 Progress = Callable[[int, int], None]

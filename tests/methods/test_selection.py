@@ -3,7 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -20,20 +21,17 @@ from jax.sharding import PartitionSpec as P
 from jaxmerge.methods.selection import (
     Selection,
     count,
-    cut_position,
-    equal_count,
-    histogram,
     host,
     keep,
     kernel,
     key_bits,
-    levels,
     order,
-    refine,
     select,
     select_compiled,
+    select_in_passes,
     select_over,
-    share,
+    select_rows_on_host,
+    stream,
 )
 
 ROUTES = ["histogram", "blocks", "bisection"]
@@ -383,28 +381,73 @@ def test_no_tensors_at_all_is_no_error() -> None:
 # --- streams
 
 
+def in_passes(
+    tensors: dict[str, np.ndarray], counts: list[list[int]], chunk: int = 600
+) -> tuple[dict[str, list[tuple[Selection, ...]]], int]:
+    """What is selected from as many rankings of the same values as there are counts, and the number of passes."""
+    made = 0
+
+    def passes(look: stream.Look, names: Sequence[str] = ()) -> Iterator[Any]:
+        nonlocal made
+        made += 1
+        for name in names or reversed(tensors):
+            values = tensors[name]
+            for start in range(0, values.size, chunk):
+                yield look(name, start, [values[start : start + chunk]] * len(counts))
+
+    sizes = {name: values.size for name, values in tensors.items()}
+    return select_in_passes(passes, counts, sizes), made
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["as it is", "small bins and samples"])
+@pytest.mark.parametrize("distribution", ["normal", "heavy", "ties", "constant", "special"])
+def test_passes_over_chunks_keep_what_the_whole_keeps(
+    distribution: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if few:
+        monkeypatch.setattr(stream, "_BINS", 1 << 6)
+        monkeypatch.setattr(stream, "_SAMPLES", (1 << 6, 1 << 8))
+    sizes = {"c": 1200, "a": 3, "b": 4001}
+    tensors = {
+        name: sample(distribution, (size,), np.float32, seed=size) for name, size in sizes.items()
+    }
+    ks = [0, 1, 2, 1000, 2600, 5203, 5204, 5205]
+    found, _ = in_passes(tensors, [[k] for k in ks])
+    for i, k in enumerate(ks):
+        masks = [keep(jnp.asarray(values), found[name][i][0]) for name, values in tensors.items()]
+        chex.assert_trees_all_equal(masks, kept(list(tensors.values()), k))
+
+
+def test_several_counts_of_one_ranking_are_selected_together() -> None:
+    values = sample("ties", (2000,), np.float32)
+    found, _ = in_passes({"w": values}, [[1500, 20]])
+    for selection, k in zip(found["w"][0], (1500, 20), strict=True):
+        chex.assert_trees_all_equal(keep(jnp.asarray(values), selection), *kept([values], k))
+
+
+def test_a_sample_spares_a_pass_and_one_that_misses_costs_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream, "_SAMPLES", (1 << 12, 1 << 12))
+    monkeypatch.setattr(stream, "_BINS", 1 << 22)
+    values = sample("normal", (1 << 14,), np.float32)
+    _, made = in_passes({"w": values}, [[5000]])
+    # A sample, and a count that finds the threshold.
+    assert made == 2
+    monkeypatch.setattr(stream, "_DEVIATIONS", 0.0)
+    again, more = in_passes({"w": values}, [[16000]])
+    assert more > 2
+    chex.assert_trees_all_equal(keep(jnp.asarray(values), again["w"][0][0]), *kept([values], 16000))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("distribution", ["normal", "ties", "special"])
-def test_a_stream_of_chunks_equals_the_whole(distribution: str, dtype: type) -> None:
-    tensors = [sample(distribution, (size,), dtype, seed=size) for size in (120, 41, 300)]
-    chunks = [jnp.asarray(v[i : i + 60]) for v in tensors for i in range(0, v.size, 60)]
-    for k in (0, 1, 200, 461):
-        top = refine(sum(histogram(c) for c in chunks), k)
-        if levels(dtype) == 2:
-            low = sum(histogram(c, top.prefix) for c in chunks)
-            top = refine(low, top.remaining, top.prefix)
-        parts = [equal_count(v, top.prefix) for v in tensors]
-        kept_equal = share(jnp.stack(parts), top.remaining)
-        found = [
-            Selection(top.prefix, cut_position(v, top.prefix, m))
-            for v, m in zip(tensors, kept_equal, strict=True)
-        ]
-        chex.assert_trees_all_equal(found, select_over(tensors, k))
-
-
-def test_sixteen_bit_values_have_one_level() -> None:
-    with pytest.raises(ValueError, match="bfloat16 keys have one level"):
-        histogram(jnp.zeros(3, jnp.bfloat16), 0)
+@pytest.mark.parametrize("distribution", ["normal", "ties", "special", "constant"])
+def test_rows_are_selected_from_each_by_its_own_count(distribution: str, dtype: type) -> None:
+    rows = sample(distribution, (6, 50), dtype)
+    counts = np.array([0, 1, 20, 49, 50, 99], np.uint32)
+    found = select_rows_on_host(rows, counts)
+    for row, k, threshold, cut in zip(rows, counts, found.thresholds, found.cuts, strict=True):
+        assert_keeps(row, Selection(threshold, cut), int(k))
 
 
 def test_keys_are_monotone_and_nan_is_the_largest() -> None:

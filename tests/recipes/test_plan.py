@@ -17,6 +17,7 @@ from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.output import UNFINISHED
 from jaxmerge.recipes.plan import Plan, make_plan
 from jaxmerge.recipes.schema import parse
+from jaxmerge.recipes.streaming.memory import INTERPRETER
 
 Tensors = dict[str, np.ndarray]
 
@@ -91,7 +92,7 @@ def test_plan_lists_the_output(folder: Path) -> None:
     assert made.bytes_read == 3 * 66
     assert made.bytes_written == 66
     # 3 sources of 48 bytes, 5 float32 copies of 12 elements, an output of 48 bytes.
-    assert made.memory == 3 * 48 + 4 * 12 * 5 + 48
+    assert made.memory == INTERPRETER + 3 * 48 + 4 * 12 * 5 + 48
     assert made.notes == ()
 
 

@@ -23,7 +23,7 @@ _LIMIT = 1 << 31
 """Above every key of float32."""
 
 _NOTHING = _LIMIT - 1
-_BINS = 1 << 18
+_BINS = 1 << 20
 _SAMPLES = (1 << 15, 1 << 20)
 _SAMPLED = 256
 """One of so many values is sampled, within the bounds of `_SAMPLES`."""
@@ -86,7 +86,7 @@ def select_in_passes(
         ...     return (look(name, 0, [values[name]]) for name in names or values)
         >>> found = select_in_passes(passes, [[3]], {"a": 2, "b": 2})
         >>> [int(found[name][0][0].cut) for name in values]
-        [0, -1]
+        [1, -1]
     """
     total = checked_total([(size,) for size in sizes.values()])
     wanted = {
@@ -98,7 +98,7 @@ def select_in_passes(
     return {
         name: [
             tuple(
-                Selection(np.uint32(found[i, j].key), np.int32(cuts[name][i, j]))  # type: ignore[arg-type]
+                Selection(np.uint32(found[i, j].key), np.int32(cuts[name][i, j]))
                 for j in range(len(ks))
             )
             for i, ks in enumerate(counts)

@@ -39,8 +39,7 @@ def cuts_of(how: Cuts, shape: tuple[int, ...], arrays: int = 1) -> list[Cut]:
       ([Cut(start=0, stop=8, shape=(8,)), Cut(start=8, stop=10, shape=(2,))],
        [Cut(start=0, stop=4, shape=(2, 2)), Cut(start=4, stop=6, shape=(1, 2))])
     """
-    size = math.prod(shape)
-    most = LARGEST >> max(0, (arrays - 1).bit_length() - 2)
+    size, most = math.prod(shape), longest(arrays)
     if how == "elements":
         return [Cut(start, stop, (stop - start,)) for start, stop in _runs(size, most)]
     if how == "rows" and len(shape) > 1:
@@ -50,6 +49,11 @@ def cuts_of(how: Cuts, shape: tuple[int, ...], arrays: int = 1) -> list[Cut]:
             for start, stop in _runs(shape[0], max(1, most // row))
         ]
     return [Cut(0, size, shape)]
+
+
+def longest(arrays: int) -> int:
+    """The most elements of a cut, where so many arrays are read for one."""
+    return LARGEST >> max(0, (arrays - 1).bit_length() - 2)
 
 
 def _runs(length: int, longest: int) -> Iterator[tuple[int, int]]:

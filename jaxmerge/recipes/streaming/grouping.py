@@ -11,13 +11,15 @@ from typing import Any
 from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods.leaf import LeafMethod, Local
 from jaxmerge.recipes.plan import Plan, PlannedInput, PlannedTensor
-from jaxmerge.recipes.streaming.cuts import Cut, cuts_of
+from jaxmerge.recipes.streaming.cuts import Cut, cuts_of, longest
 
 SMALL = 1 << 16
 """The most elements of a tensor that is put into one array with others."""
 
 _TOGETHER = 1 << 18
 _RARE = 8
+# So many shapes of tensors that are not grouped are each worth programs of their own.
+_FEW = 16
 _WINDOW = 1 << 25
 
 
@@ -83,9 +85,11 @@ class Grouping:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._often = Counter(
-            self._kind(tensor) for tensor in plan.tensors if tensor.action == "merge"
-        )
+        mine = [tensor for tensor in plan.tensors if self._is_streamed(tensor)]
+        self._often = Counter(map(self._kind, mine))
+        rare = {tensor.shape for tensor in mine if not self._is_grouped(tensor)}
+        shapes = {shape for shape in rare if math.prod(shape) <= longest(1)}
+        self._whole = shapes if len(shapes) <= _FEW else set()
 
     def windows(self, tensors: Iterable[PlannedTensor]) -> Iterator[Window]:
         """Cuts a sequence of tensors into windows."""
@@ -105,11 +109,10 @@ class Grouping:
         small: dict[Any, list[PlannedTensor]] = {}
         groups: list[Group] = []
         for tensor in tensors:
-            if tensor.action == "carry":
+            if not self._is_streamed(tensor):
                 continue
-            kind = self._kind(tensor)
-            if self._is_grouped(tensor, kind):
-                small.setdefault(kind, []).append(tensor)
+            if self._is_grouped(tensor):
+                small.setdefault(self._kind(tensor), []).append(tensor)
             else:
                 groups.append(self._group([tensor], None))
         for mine in small.values():
@@ -123,11 +126,13 @@ class Grouping:
         leaf = self._leaf(tensors[0])
         sources = [_sources(leaf, tensor) for tensor in tensors]
         shape = tensors[0].shape
-        if rows is None:
-            cuts = cuts_of(leaf.cuts, shape, len(tensors[0].inputs))
-        else:
-            size = math.prod(shape)
+        size, arrays = math.prod(shape), len(tensors[0].inputs)
+        if rows is not None:
             cuts = [Cut(0, size, (size,) if leaf.cuts == "elements" else shape)]
+        elif shape in self._whole and size <= longest(arrays):
+            cuts = [Cut(0, size, shape)]
+        else:
+            cuts = cuts_of(leaf.cuts, shape, arrays)
         return Group(
             leaf,
             tuple(tensors),
@@ -137,11 +142,14 @@ class Grouping:
             tuple(cuts),
         )
 
-    def _is_grouped(self, tensor: PlannedTensor, kind: Any) -> bool:
+    def _is_streamed(self, tensor: PlannedTensor) -> bool:
+        return tensor.action == "merge" and self._plan.merges[tensor.merge].method.leaf is not None
+
+    def _is_grouped(self, tensor: PlannedTensor) -> bool:
         return (
             self._leaf(tensor).cuts != "never"
             and math.prod(tensor.shape) <= SMALL
-            and self._often[kind] >= _RARE
+            and self._often[self._kind(tensor)] >= _RARE
         )
 
     def _kind(self, tensor: PlannedTensor) -> Any:

@@ -6,12 +6,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmerge.converters.dtypes import storage_dtype
-from jaxmerge.recipes.streaming.cuts import cuts_of
-from jaxmerge.sweeping.memory import available_memory
+from jaxmerge.recipes.free_memory import available_memory, resident_memory
+from jaxmerge.recipes.output import parse_bytes
+from jaxmerge.recipes.streaming.cuts import cuts_of, longest
 
 if TYPE_CHECKING:
     from jaxmerge.recipes.plan import PlannedMerge, PlannedTensor
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 INTERPRETER = 320 << 20
 """What Python, JAX and compiled programs take by themselves."""
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-_LIMIT = re.compile(r"^\s*([\d.]+)\s*(%|[kmgt]?i?b?)\s*$", re.IGNORECASE)
+_PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_UNKNOWN = 4 << 30
 # More than this brings no speed.
 _COMFORTABLE = 448 << 20
 
@@ -48,40 +47,17 @@ def parse_limit(text: str) -> int:
       >>> parse_limit("1GiB"), parse_limit("512 MB")
       (1073741824, 512000000)
     """
-    match = _LIMIT.match(text)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not number > 0:
-        raise ValueError(
-            f'expected an amount of memory such as "1GiB", "512MB" or "50%", found {text!r}'
-        )
-    unit = match[2].lower()
-    if unit == "%":
-        if number > 100:
-            raise ValueError(f"expected at most 100% of the free memory, found {text!r}")
-        return int(number / 100 * free_memory())
-    return int(number * (_UNITS | _BINARY)[unit.removesuffix("b")])
-
-
-def free_memory() -> int:
-    """The bytes that this machine (or container) has free for this process, what it holds already included."""
-    return (available_memory() or 4 << 30) + resident_memory()
+    share = _PERCENTAGE.fullmatch(text.strip())
+    if share is None:
+        return parse_bytes(text)
+    if not 0 < float(share[1]) <= 100:
+        raise ValueError(f"expected a share of the free memory from 0 to 100%, found {text!r}")
+    return int(float(share[1]) / 100 * _free())
 
 
 def default_limit() -> int:
     """Three quarters of what is free."""
-    return free_memory() * 3 // 4
-
-
-def resident_memory() -> int:
-    """The bytes that this process holds now; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return _free() * 3 // 4
 
 
 def memory_needed(tensors: Iterable[PlannedTensor], merges: Sequence[PlannedMerge]) -> int:
@@ -108,8 +84,9 @@ def memory_needed(tensors: Iterable[PlannedTensor], merges: Sequence[PlannedMerg
         if leaf is None:
             together += _of_cut(tensor, size)
             continue
-        cuts = cuts_of(leaf.cuts, tensor.shape, len(tensor.inputs))
-        largest = max(cut.stop - cut.start for cut in cuts)
+        arrays = len(tensor.inputs)
+        cuts = cuts_of(leaf.cuts, tensor.shape, arrays)
+        largest = max(min(size, longest(arrays)), *(cut.stop - cut.start for cut in cuts))
         needed = _of_cut(tensor, largest)
         if leaf.cuts == "never":
             needed += 4 * size * (len(tensor.inputs) + 1)
@@ -136,6 +113,11 @@ def _of_cut(tensor: PlannedTensor, size: int) -> int:
     stored = sum(storage_dtype(one.dtype).itemsize for one in inputs)
     out = storage_dtype(tensor.dtype).itemsize
     return size * (stored + 4 * (len(inputs) + 2) + out)
+
+
+def _free() -> int:
+    """What the machine, or the container, has for this process, with what it holds already."""
+    return (available_memory() or _UNKNOWN) + resident_memory()
 
 
 def _cores() -> int:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
+from jaxmerge.converters import Checkpoint, open_checkpoint
 from jaxmerge.converters.dtypes import storage_dtype
+from jaxmerge.recipes.inputs import read
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.streaming import memory
-from jaxmerge.recipes.streaming.cuts import cuts_of
+from jaxmerge.recipes.streaming.cuts import Cut, cuts_of
 from jaxmerge.recipes.streaming.grouping import Group, Grouping, Window
-from jaxmerge.recipes.streaming.numbers import Numbers
+from jaxmerge.recipes.streaming.in_memory import merge_in_memory
+from jaxmerge.recipes.streaming.numbers import Numbers, merged_once
 from jaxmerge.recipes.streaming.piece import Piece
 from jaxmerge.recipes.streaming.pipeline import in_order
-from jaxmerge.recipes.streaming.sources import Sources
 from jaxmerge.recipes.streaming.whole_model import measure_whole_model
 from jaxmerge.recipes.streaming.work import Shop, Work
 
@@ -46,8 +52,14 @@ def merged(
     limit = memory.default_limit() if memory_limit is None else memory_limit
     shares = memory.shares(limit, plan.tensors, plan.merges)
     grouping, numbers = Grouping(plan), Numbers(plan)
-    with Sources(plan) as sources, ThreadPoolExecutor(shares.threads) as pool:
-        shop = Shop(sources, numbers, pool, ahead=2 * shares.threads)
+    with contextlib.ExitStack() as stack:
+        checkpoints = [
+            stack.enter_context(open_checkpoint(source.path, key=source.key))
+            for source in plan.sources
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(shares.threads))
+        shop = Shop(plan, checkpoints, numbers, pool, ahead=2 * shares.threads)
+        at_once = _AtOnce(plan, checkpoints)
 
         def begin(group: Group) -> Work:
             return Work(shop, group, keep=_is_kept(group, shares.kept))
@@ -85,7 +97,9 @@ def merged(
                 small.update((piece.name, piece) for piece in work.merged())
             for tensor in window.tensors:
                 if tensor.action == "carry":
-                    yield from _carried(sources, tensor)
+                    yield from _carried(shop, tensor)
+                elif plan.merges[tensor.merge].method.leaf is None:
+                    yield Piece(tensor.name, 0, at_once.merged(tensor).reshape(-1), True)
                 elif tensor.name in small:
                     yield small.pop(tensor.name)
                 else:
@@ -96,14 +110,29 @@ def merged(
         yield from in_windows(tensors, pieces)
 
 
-def _carried(sources: Sources, tensor: PlannedTensor) -> Iterator[Piece]:
-    (one,) = tensor.models[:1]
-    dtype = storage_dtype(tensor.dtype)
-    for cut in cuts_of("elements", (math.prod(tensor.shape),)):
-        values = sources.read(one, cut.start, cut.stop).astype(dtype, copy=False)
-        yield Piece(tensor.name, cut.start, values, cut.stop == math.prod(tensor.shape))
-    if not math.prod(tensor.shape):
-        yield Piece(tensor.name, 0, sources.read(one, 0, 0).astype(dtype, copy=False), True)
+class _AtOnce:
+    """The results of methods that merge all tensors at once, made when the first is wanted."""
+
+    def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint]) -> None:
+        self._plan = plan
+        self._checkpoints = checkpoints
+        self._made: dict[int, dict[str, np.ndarray]] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def merged(self, tensor: PlannedTensor) -> np.ndarray:
+        with self._one_at_a_time:
+            if tensor.merge not in self._made:
+                mine = [one for one in merged_once(self._plan) if one.merge == tensor.merge]
+                self._made[tensor.merge] = merge_in_memory(self._plan, mine, self._checkpoints)
+            return self._made[tensor.merge][tensor.identity]
+
+
+def _carried(shop: Shop, tensor: PlannedTensor) -> Iterator[Piece]:
+    size, dtype = math.prod(tensor.shape), storage_dtype(tensor.dtype)
+    # A tensor without elements is one empty piece.
+    for cut in cuts_of("elements", tensor.shape) or [Cut(0, 0, (0,))]:
+        values = read(shop.checkpoints, shop.plan, tensor.models[0], cut.start, cut.stop)
+        yield Piece(tensor.name, cut.start, values.astype(dtype, copy=False), cut.stop == size)
 
 
 def _is_kept(group: Group, kept: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmerge.converters import Checkpoint
 from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Measure, Select, Sums
 from jaxmerge.methods.measuring import (
@@ -23,13 +24,13 @@ from jaxmerge.methods.measuring import (
 )
 from jaxmerge.methods.selection import Selection, select_in_passes, select_rows_on_host
 from jaxmerge.methods.selection.stream import Look
-from jaxmerge.recipes.plan import PlannedInput
+from jaxmerge.recipes.inputs import read
+from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.streaming.cuts import Cut
 from jaxmerge.recipes.streaming.grouping import Group
 from jaxmerge.recipes.streaming.numbers import Given, Numbers
 from jaxmerge.recipes.streaming.piece import Piece
 from jaxmerge.recipes.streaming.pipeline import each
-from jaxmerge.recipes.streaming.sources import Sources
 
 Found = dict[str, Any]
 
@@ -39,13 +40,15 @@ class Shop:
     """What work needs.
 
     Attributes:
-      sources: the open sources.
+      plan: the plan.
+      checkpoints: its sources, open.
       numbers: the tensors' hyperparameters and seeds.
       pool: computes cuts.
       ahead: how many cuts may be computed before they are wanted.
     """
 
-    sources: Sources
+    plan: Plan
+    checkpoints: Sequence[Checkpoint]
     numbers: Numbers
     pool: Executor
     ahead: int
@@ -68,7 +71,6 @@ class Work:
         self._seed = shop.numbers.seed(group)
         self._keep = keep or group.rows is not None
         self._kept: dict[Cut, tuple[list[np.ndarray], np.ndarray | None]] = {}
-        self._read: set[Cut] = set()
 
     def measure(self, of_model: Mapping[str, Any], before: Measure | None = None) -> None:
         """Takes the measures in order.
@@ -201,9 +203,8 @@ class Work:
 
     def _select_rows(self, values: np.ndarray, counts: np.ndarray) -> Selection:
         found = select_rows_on_host(values.reshape(len(counts), -1), counts)
-        if self._stacked:
-            return Selection(*found)
-        return Selection(found.thresholds[0], found.cuts[0])
+        place: Any = ... if self._stacked else 0
+        return Selection(found.thresholds[place], found.cuts[place])
 
     def _ranked(self, one: Select, chunk: Chunk, found: Found) -> list[np.ndarray]:
         values = ranked_values(one, self._stacked, chunk, found_by(one, found))
@@ -273,25 +274,25 @@ class Work:
     def _arrays(self, cut: Cut) -> tuple[list[np.ndarray], np.ndarray | None]:
         if cut in self._kept:
             return self._kept[cut]
-        group, check = self.group, cut not in self._read
-        read = functools.cache(
-            lambda one: self._shop.sources.read(one, cut.start, cut.stop, check=check)
-        )
+        group, shop = self.group, self._shop
+
+        @functools.cache
+        def given(one: PlannedInput) -> np.ndarray:
+            return read(shop.checkpoints, shop.plan, one, cut.start, cut.stop)
 
         def joined(inputs: Sequence[PlannedInput]) -> np.ndarray:
             if group.rows is None:
-                return read(inputs[0]).reshape(cut.shape)
-            first = read(inputs[0])
+                return given(inputs[0]).reshape(cut.shape)
+            first = given(inputs[0])
             array = np.empty((group.rows, first.size), first.dtype)
             array[:] = first
             for row, one in enumerate(inputs[1:], 1):
-                array[row] = read(one)
+                array[row] = given(one)
             return array.reshape(group.rows, *cut.shape)
 
         models = [joined(inputs) for inputs in zip(*group.models, strict=True)]
         bases = [base for base in group.bases if base is not None]
         arrays = models, joined(bases) if bases else None
-        self._read.add(cut)
         if self._keep:
             self._kept[cut] = arrays
         return arrays

@@ -1,4 +1,4 @@
-"""How much memory is free for a computation."""
+"""How much memory is free for a computation, and how much this process holds."""
 
 import os
 from pathlib import Path
@@ -31,6 +31,15 @@ def available_memory(device: jax.Device | None = None) -> int | None:
         return None
     known = [one for one in (_of_machine(), *map(_of_container, _CGROUPS)) if one is not None]
     return min(known, default=None)
+
+
+def resident_memory() -> int:
+    """Returns the bytes of memory that this process holds now; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_machine() -> int | None:
