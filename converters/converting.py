@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -191,9 +192,10 @@ def _pour(
         wanted = dtypes.storage_dtype(infos[name].dtype)
         if values.dtype != wanted:
             cast = _cast(values, wanted)
-            lost = non_finite(cast) - non_finite(values)
-            if lost:
-                overflowed[name] = overflowed.get(name, 0) + lost
+            if ml_dtypes.finfo(wanted).max < ml_dtypes.finfo(values.dtype).max:
+                lost = non_finite(cast) - non_finite(values)
+                if lost:
+                    overflowed[name] = overflowed.get(name, 0) + lost
             values = cast
         sink.write_flat(name, start, values)
         done += values.nbytes
@@ -202,6 +204,11 @@ def _pour(
 
 
 def _cast(values: np.ndarray, wanted: np.dtype) -> np.ndarray:
+    if values.dtype.name == "bfloat16" and wanted == np.float32:
+        # The upper half of the same number; some six times faster than the cast.
+        bits = values.view(np.uint16).astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     # What overflows is counted and reported.
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(wanted)

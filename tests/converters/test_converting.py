@@ -120,6 +120,20 @@ def test_a_dtype_is_for_floats_and_stands_in_the_config(model: Path, tmp_path: P
     assert config == {"torch_dtype": "float16", "hidden_size": 5}
 
 
+@pytest.mark.parametrize("wanted", ["float32", "float64", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_casts_are_those_of_numpy(tmp_path: Path, stored: str, wanted: str) -> None:
+    values = np.array([0.0, -0.0, 1 / 3, -1e-40, 7e4, np.inf, np.nan, -2.5], np.float32)
+    with np.errstate(over="ignore"):
+        values = values.astype(dtypes.storage_dtype(stored))
+    save_checkpoint(tmp_path / "m.safetensors", {"w": values})
+    convert(tmp_path / "m.safetensors", tmp_path / "n.safetensors", dtype=wanted)
+    found = load_checkpoint(tmp_path / "n.safetensors")["w"]
+    with np.errstate(over="ignore"):
+        expected = values.astype(dtypes.storage_dtype(wanted))
+    np.testing.assert_array_equal(found.astype(np.float64), expected.astype(np.float64))
+
+
 def test_values_that_a_dtype_cannot_hold_are_counted(tmp_path: Path) -> None:
     values = np.array([1e5, 1.0, np.inf, -1e30], np.float32)
     save_checkpoint(tmp_path / "m.safetensors", {"w": values, "v": values[:2]})
