@@ -15,7 +15,6 @@ from jaxmerge.converters import (
     save_checkpoint,
     save_model,
 )
-from jaxmerge.converters.families.matching import Match, optional_names
 
 
 def randomise(module: Any, seed: int = 0) -> Any:
@@ -91,7 +90,7 @@ def assert_round_trip(family: str, model: Any, folder: Path, seed: int = 0) -> N
 
 
 def random_checkpoint(family: str, model: Any, seed: int = 0) -> Mapping[str, np.ndarray]:
-    """Tensors of random values, float32, with the names and shapes of a family and config; buffers are counters."""
+    """Tensors of random values, float32, with the names and shapes of a family and config; buffers hold integers."""
     table = families.get(family)
     layout, shapes = table.layout(model), table.shapes(model)
     rng = np.random.default_rng(seed)
@@ -99,12 +98,10 @@ def random_checkpoint(family: str, model: Any, seed: int = 0) -> Mapping[str, np
         layout[path].names[0]: rng.normal(size=layout[path].checkpoint_shape(shape)).astype("f4")
         for path, shape in shapes.items()
     }
-    counters = {
-        name: np.array(rng.integers(1000), np.int64)
-        for name in optional_names(Match(table, model, ""))
-        if name.endswith("num_batches_tracked")
-    }
-    return tensors | counters
+    for name, buffer in table.buffers(model, list(tensors)).items():
+        values = rng.integers(1000, size=buffer.shape)
+        tensors[name] = values.astype(buffer.dtype)
+    return tensors
 
 
 def images(height: int, width: int, *, batch: int = 2, seed: int = 0) -> np.ndarray:

@@ -106,12 +106,16 @@ def _buffers(head: str, config: BertConfig, names: Sequence[str]) -> dict[str, n
     return {f"{head}.bias": np.zeros(config.vocab_size, np.float32)}
 
 
-def _config_of(base: str, json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> BertConfig:
+def _config_of(
+    base: str, weight: str, json: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> BertConfig:
+    first = f"embeddings.LayerNorm.{weight}"
+    if first not in tensors and base + first not in tensors:
+        raise CheckpointError(f"no tensor {first!r}")
     require_config(json)
     require(json, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     is_roberta = base == "roberta."
     head = "lm_head." if is_roberta else "cls.predictions."
-    activation = activation_of(json["hidden_act"])
     pooler = any(f"{prefix}pooler.dense.weight" in tensors for prefix in ("", base))
     classifier, num_labels = _classifier(json, tensors, pooler)
     return BertConfig(
@@ -122,12 +126,11 @@ def _config_of(base: str, json: Mapping[str, Any], tensors: Mapping[str, TensorI
         intermediate_size=json["intermediate_size"],
         max_positions=json["max_position_embeddings"],
         type_vocab_size=json.get("type_vocab_size", 2),
-        activation=activation,
+        activation=activation_of(json["hidden_act"]),
         norm_eps=json.get("layer_norm_eps", 1e-12),
         padding_id=_padding_id(json) if is_roberta else None,
         pooler=pooler,
         masked_lm=any(name.startswith(head) for name in tensors),
-        masked_lm_activation="gelu" if is_roberta else activation,
         tied=json.get("tie_word_embeddings", True),
         next_sentence="cls.seq_relationship.weight" in tensors,
         classifier=classifier,
@@ -201,7 +204,7 @@ def _bert(name: str, weight: str, bias: str) -> Family:
         module=Bert,
         inputs=_inputs,
         rules=partial(_bert_rules, partial(norm, weight=weight, bias=bias)),
-        config_of=partial(_config_of, "bert."),
+        config_of=partial(_config_of, "bert.", weight),
         config_to=partial(_config_to, "bert", "Bert"),
         model_types=("bert",),
         prefixes=("bert.",),
@@ -221,7 +224,7 @@ ROBERTA = Family(
     module=Bert,
     inputs=_inputs,
     rules=_roberta_rules,
-    config_of=partial(_config_of, "roberta."),
+    config_of=partial(_config_of, "roberta.", "weight"),
     config_to=partial(_config_to, "roberta", "Roberta"),
     model_types=("xlm-roberta", "camembert"),
     prefixes=("roberta.",),

@@ -31,7 +31,6 @@ class BertConfig:
         tokens from `padding_id` + 1 on, and padding stands at `padding_id`.
       pooler: tanh of a linear map of the first position.
       masked_lm: a head that gives logits over the vocabulary at each position.
-      masked_lm_activation: a key of `ACTIVATIONS`, inside that head.
       tied: its last map is the table of token embeddings.
       next_sentence: a head on the pooler that only pre-training uses; its parameters are kept.
       classifier: a linear map to labels: of the "pooled" first position, of tanh of another linear map of the first
@@ -52,7 +51,6 @@ class BertConfig:
     padding_id: int | None = None
     pooler: bool = False
     masked_lm: bool = False
-    masked_lm_activation: str = "gelu"
     tied: bool = True
     next_sentence: bool = False
     classifier: Literal["pooled", "hidden", "token"] | None = None
@@ -193,7 +191,9 @@ class MaskedLanguageModel(nn.Module):
         """x [batch, length, features], table [vocabulary, features] -> [batch, length, vocabulary]."""
         config = self.config
         hidden = nn.Dense(config.hidden_size, dtype=jnp.dtype(config.dtype), name="dense")(x)
-        hidden = ACTIVATIONS[config.masked_lm_activation](hidden)
+        # RoBERTa has the exact GELU here whatever its blocks have.
+        roberta = config.padding_id is not None
+        hidden = ACTIVATIONS["gelu" if roberta else config.activation](hidden)
         hidden = layer_norm(config.norm_eps, jnp.dtype(config.dtype), "norm")(hidden)
         if table is None:
             return nn.Dense(config.vocab_size, dtype=jnp.dtype(config.dtype), name="decoder")(
