@@ -104,6 +104,15 @@ def random_checkpoint(family: str, model: Any, seed: int = 0) -> Mapping[str, np
     return tensors
 
 
+def random_params(module: Any, inputs: Any, seed: int = 0) -> Any:
+    """Random variables of a Flax module, float32; `init` would compile its operations one by one."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype("f4"),
+        jax.eval_shape(module.init, jax.random.key(0), inputs),
+    )
+
+
 def images(height: int, width: int, *, batch: int = 2, seed: int = 0) -> np.ndarray:
     """Random images [batch, height, width, 3]."""
     shape = (batch, height, width, 3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_round_trip, random_checkpoint
+from parity import assert_round_trip, random_checkpoint, random_params
 from pretrained import assert_pretrained, transformers
 
 from jaxmerge.converters import (
@@ -133,7 +133,7 @@ def test_a_model_that_was_made_in_jax_loads_in_transformers(tmp_path: Path) -> N
     ):
         padding = 1 if family == "roberta" else None
         flax = BertConfig(30, 8, 1, 2, 16, 14, padding_id=padding, **heads)
-        params = Bert(flax).init(jax.random.key(0), jnp.asarray(IDS))
+        params = random_params(Bert(flax), IDS)
         folder = tmp_path / str(number)
         save_model(folder, params, ModelConfig(family, flax))
         kind = getattr(library, architecture)
@@ -204,20 +204,20 @@ def test_padding_changes_no_other_position() -> None:
     for padding in (None, 1):
         flax = BertConfig(30, 8, 2, 2, 16, 14, padding_id=padding)
         ids = np.concatenate([IDS[:1], np.full((1, 3), 1)], axis=1)
-        params = Bert(flax).init(jax.random.key(0), ids)
-        alone = Bert(flax).apply(params, IDS[:1])
-        padded = Bert(flax).apply(params, {"input_ids": ids, "attention_mask": ids != 1})
+        params = random_params(Bert(flax), ids)
+        alone = jax.jit(Bert(flax).apply)(params, IDS[:1])
+        padded = jax.jit(Bert(flax).apply)(params, {"input_ids": ids, "attention_mask": ids != 1})
         np.testing.assert_allclose(padded[:, :9], alone, atol=1e-6)
 
 
 def test_bfloat16_computes_near_float32() -> None:
     flax = BertConfig(30, 16, 2, 4, 24, 14, masked_lm=True)
-    params = Bert(flax).init(jax.random.key(0), IDS)
+    params = random_params(Bert(flax), IDS)
     half = Bert(BertConfig(30, 16, 2, 4, 24, 14, masked_lm=True, dtype="bfloat16"))
-    found = half.apply(params, IDS)
+    found = jax.jit(half.apply)(params, IDS)
     assert found.dtype == "bfloat16"
     np.testing.assert_allclose(
-        found.astype("float32"), Bert(flax).apply(params, IDS), atol=0.1, rtol=0.05
+        found.astype("float32"), jax.jit(Bert(flax).apply)(params, IDS), atol=0.1, rtol=0.05
     )
 
 
@@ -235,7 +235,7 @@ def test_bfloat16_computes_near_float32() -> None:
 def test_inputs_that_do_not_fit_say_so(inputs: Any, message: str) -> None:
     flax = BertConfig(30, 8, 1, 2, 16, 14)
     with pytest.raises(ValueError, match=message):
-        Bert(flax).init(jax.random.key(0), inputs)
+        jax.eval_shape(Bert(flax).init, jax.random.key(0), inputs)
 
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -248,7 +248,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     ({"is_decoder": True}, {}, "is_decoder True is not supported, only False"),
     ({"num_attention_heads": 3}, {}, "hidden_size 8 is not a multiple of num_attention_heads 3"),
-    ({"hidden_size": None}, {}, "cannot read config.json: KeyError: 'hidden_size'"),
+    ({"hidden_size": None}, {}, "config.json cannot be read: KeyError: 'hidden_size'"),
     ({"vocab_size": 31}, {}, r"word_embeddings.weight' expected \[31, 8\], found \[30, 8\]"),
     (
         {},
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_without_a_config_the_error_says_what_is_needed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, random_checkpoint("bert", BertConfig(30, 8, 1, 2, 16, 14)))
-    with pytest.raises(CheckpointError, match=r"bert: .*needs config.json"):
+    with pytest.raises(CheckpointError, match=r"  bert, .*: needs config.json"):
         load_model(tmp_path)
 
 

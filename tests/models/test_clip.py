@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_round_trip, random_checkpoint
+from parity import assert_round_trip, random_checkpoint, random_params
 from pretrained import assert_pretrained, torch_output, transformers
 
 from jaxmerge.converters import (
@@ -77,7 +77,9 @@ def test_transformers_computes_the_same(tmp_path: Path, end: int) -> None:
     ]:
         method = getattr(model, f"get_{features}_features")
         expected = torch_output(method, inputs, lambda output: output.pooler_output)
-        np.testing.assert_allclose(function(params, inputs), expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(function)(params, inputs), expected, atol=1e-5, rtol=1e-5
+        )
     assert text_features(config.model) is text_features(replace(config.model))
 
 
@@ -103,12 +105,14 @@ def test_a_tower_alone_gives_its_features(tmp_path: Path, tower: str, projected:
 def test_a_model_that_was_made_in_jax_loads_in_transformers(tmp_path: Path) -> None:
     library = transformers()
     inputs = INPUTS | {"pixel_values": np.ones((2, 8, 8, 3), np.float32)}
-    params = CLIP(FLAX).init(jax.random.key(0), inputs)
+    params = random_params(CLIP(FLAX), inputs)
     save_model(tmp_path, params, ModelConfig("clip", FLAX))
     model, info = library.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     expected = torch_output(model, inputs, lambda output: output.logits_per_image)
-    np.testing.assert_allclose(CLIP(FLAX).apply(params, inputs), expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(CLIP(FLAX).apply)(params, inputs), expected, atol=1e-5, rtol=1e-5
+    )
     assert load_model(tmp_path)[2].model == FLAX
 
 
@@ -200,4 +204,4 @@ def test_what_does_not_fit_is_refused(
 )
 def test_inputs_that_do_not_fit_say_so(inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CLIP(FLAX).init(jax.random.key(0), inputs)
+        jax.eval_shape(CLIP(FLAX).init, jax.random.key(0), inputs)
