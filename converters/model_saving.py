@@ -54,7 +54,7 @@ def save_model(
       >>> import tempfile, jax
       >>> from jaxmerge.models import MLP, MLPConfig
       >>> model = MLPConfig((4, 3))
-      >>> params = MLP(model).init(jax.random.key(0), np.ones((1, 4)))
+      >>> params = MLP(model).init(jax.random.key(0, impl="rbg"), np.ones((1, 4)))
       >>> out = tempfile.mkdtemp()
       >>> save_model(out, params, ModelConfig("mlp_fc", model))
       >>> sorted(os.listdir(out))

@@ -13,6 +13,7 @@ import typer
 
 import jaxmerge as jm
 from jaxmerge.cli.app import app
+from jaxmerge.converters import families
 from jaxmerge.methods import registry
 from jaxmerge.recipes import RecipeError, parse, resolve
 from jaxmerge.sweeping import import_source
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MERGEKIT_PAGE = ROOT / "docs/from-mergekit.md"
 METHOD_PAGE = ROOT / "docs/your-method.md"
+MODELS_PAGE = ROOT / "docs/models.md"
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -37,6 +39,7 @@ class Block(NamedTuple):
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is gone after the test."""
     monkeypatch.setattr(registry, "_CONSTRUCTORS", dict(registry._CONSTRUCTORS))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
 
 
 @every_page
@@ -109,6 +112,20 @@ def test_the_page_on_choosing_speaks_of_every_method() -> None:
     table = (ROOT / "docs/how-to-choose.md").read_text(encoding="utf-8").split("\n|")
     named = {name for row in table for name in re.findall(r"`(\w+)`", row.partition("|")[0])}
     assert registry_names_of_the_library() <= named
+
+
+def test_the_table_of_families_has_them_all_with_their_modules() -> None:
+    table = MODELS_PAGE.read_text(encoding="utf-8").split("<!-- families -->")[1]
+    rows = [
+        [re.findall(r"`(\w+)`", cell) for cell in row.split("|")[1:3]]
+        for row in table.splitlines()
+        if row.startswith("| `")
+    ]
+    assert sorted(name for names, _ in rows for name in names) == sorted(families.names())
+    for names, modules in rows:
+        built = {families.get(name).config_type.__name__.removesuffix("Config") for name in names}
+        named = {name.removesuffix("Net") for name in modules}
+        assert built <= {*modules, *named}, names
 
 
 def test_what_the_page_on_mergekit_calls_refused_is_refused() -> None:

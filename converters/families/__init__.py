@@ -31,6 +31,7 @@ __all__ = [
     "get",
     "linear",
     "names",
+    "register",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -60,6 +61,17 @@ FAMILIES: dict[str, Family] = {
         gpt2.GPT2_BODY,
     )
 }
+
+
+def register(family: Family) -> None:
+    """Makes a layout of your own known to `load_model` and `save_model`; docs/models.md has an example.
+
+    Raises:
+      CheckpointError: another family has the name.
+    """
+    if FAMILIES.get(family.name, family) != family:
+        raise CheckpointError(f"a family {family.name!r} is registered already")
+    FAMILIES[family.name] = family
 
 
 def names() -> list[str]:

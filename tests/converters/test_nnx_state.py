@@ -39,7 +39,7 @@ def equal(first: Any, second: Any) -> bool:
 
 def test_linen_variables_run_in_an_nnx_module() -> None:
     model = MLP(MLPConfig((3, 4, 2)))
-    params = model.init(jax.random.key(1), jnp.ones((1, 3)))
+    params = model.init(jax.random.key(1, impl="rbg"), jnp.ones((1, 3)))
     module = Network()
     nnx.update(module, to_nnx_state(params))
     x = np.ones((2, 3), np.float32)
@@ -60,7 +60,7 @@ def test_a_module_gives_its_weights_and_takes_them_back() -> None:
 
 def test_running_statistics_survive_the_way_through_nnx_and_orbax(tmp_path: Any) -> None:
     model = ResNet(ResNetConfig((1,), (4,), 3))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 8, 8, 3)))
     state = to_nnx_state(params)
     save_orbax(tmp_path / "state", nnx.to_pure_dict(state))
     pure, _ = load_orbax(tmp_path / "state")
