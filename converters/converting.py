@@ -20,17 +20,19 @@ from jaxmerge.converters import orbax_converting as orbax
 from jaxmerge.converters.checkpoint import open_checkpoint
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.finite import non_finite
-from jaxmerge.converters.gguf_reader import GgufCheckpoint
-from jaxmerge.converters.gguf_tokenizer import tokenizer_files
 from jaxmerge.converters.quantised import refuse_quantised
 from jaxmerge.converters.reader import Checkpoint
-from jaxmerge.converters.side_files import side_files, with_dtype
+from jaxmerge.converters.side_files import (
+    side_files,
+    with_dtype,
+    write_described_files,
+    write_json,
+)
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.converters.torch_archive import TorchArchiveWriter
 from jaxmerge.converters.writer import CheckpointWriter
 
 Progress = Callable[[int, int], None]
-_CONFIG = "config.json"
 # Read, cast and written at once; two are held.
 _CHUNK = 1 << 24
 
@@ -120,7 +122,7 @@ def convert(
             if place != target:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir(parents=True)
-                _copy_side_files(source, place, checkpoint, infos, wanted)
+                _copy_side_files(source, place, checkpoint, wanted)
             order = checkpoint.disk_order()
             with _sink(place, checkpoint, infos, shard_size) as sink:
                 if isinstance(sink, TorchArchiveWriter):
@@ -248,34 +250,19 @@ def _ahead(
 
 
 def _copy_side_files(
-    source: Path,
-    place: Path,
-    checkpoint: Checkpoint,
-    infos: Iterable[TensorInfo],
-    wanted: np.dtype | None,
+    source: Path, place: Path, checkpoint: Checkpoint, wanted: np.dtype | None
 ) -> None:
     if source.is_dir():
         for name in side_files(source):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, place / name)
-    config = place / _CONFIG
-    if checkpoint.config is not None and not config.exists():
-        sizes: collections.Counter[str] = collections.Counter()
-        for info in infos:
-            sizes[info.dtype] += info.nbytes
-        dtype = sizes.most_common(1)[0][0] if sizes else "float32"
-        _write_json(config, {**checkpoint.config, "torch_dtype": dtype})
-        if isinstance(checkpoint, GgufCheckpoint) and not any(place.glob("tokenizer*")):
-            for file, content in tokenizer_files(checkpoint.fields).items():
-                _write_json(place / file, content)
-    elif wanted is not None and config.is_file():
-        try:
-            found = json.loads(config.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            return
-        if isinstance(found, dict) and with_dtype(found, wanted.name) != found:
-            _write_json(config, with_dtype(found, wanted.name))
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_described_files(checkpoint, place)
+    config = place / "config.json"
+    if wanted is None or not config.is_file():
+        return
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(found, dict) and with_dtype(found, wanted.name) != found:
+        write_json(config, with_dtype(found, wanted.name))

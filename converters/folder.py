@@ -186,6 +186,10 @@ def _nothing_found(folder: str) -> str:
         if name.endswith((*TORCH_SUFFIXES, ".partial")) and not name.startswith(".")
     )
     message = f"no checkpoint: expected {SAFETENSORS_NAME}, an index with shards, or {TORCH_NAME}"
+    if os.path.isfile(os.path.join(folder, "_CHECKPOINT_METADATA")):
+        return (
+            f"{message}; this is a folder of orbax's: `jaxmerge convert` reads it, and load_orbax"
+        )
     if any(name.endswith(".partial") for name in others):
         return f"{message}; found unfinished files: {', '.join(others)}"
     if others:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxmerge.converters.gguf_reader import GgufCheckpoint
+from jaxmerge.converters.gguf_tokenizer import tokenizer_files
+from jaxmerge.converters.reader import Checkpoint
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".tar", ".ckpt", ".gguf", ".h5", ".msgpack"),
@@ -62,3 +68,29 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             changed[key] = value
     return changed
+
+
+def write_described_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the `config.json` and the tokenizer that a checkpoint's own metadata stand for (GGUF).
+
+    Does nothing for other formats, or where the folder has a `config.json`; keeps a tokenizer that is there.
+
+    Args:
+      checkpoint: open.
+      folder: where the model goes.
+    """
+    if checkpoint.config is None or (folder / "config.json").exists():
+        return
+    sizes: collections.Counter[str] = collections.Counter()
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] += info.nbytes
+    dtype = sizes.most_common(1)[0][0] if sizes else "float32"
+    write_json(folder / "config.json", {**checkpoint.config, "torch_dtype": dtype})
+    if isinstance(checkpoint, GgufCheckpoint) and not any(folder.glob("tokenizer*")):
+        for name, content in tokenizer_files(checkpoint.fields).items():
+            write_json(folder / name, content)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a configuration as tools of the field do."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

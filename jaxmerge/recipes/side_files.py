@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxmerge.converters import open_checkpoint
 from jaxmerge.converters import side_files as converters
 from jaxmerge.recipes.output import RECORD, UNFINISHED
 from jaxmerge.recipes.plan import Plan
@@ -22,16 +23,21 @@ def write_side_files(plan: Plan, target: Path) -> None:
 
     Every file of the donor's folder, nested ones too, that is not weights is copied. Code is data: it
     is copied, and never run. Links to files are followed, as the files of a hub's cache are links;
-    links to folders are not. `config.json` gets the output's dtype.
+    links to folders are not. `config.json` gets the output's dtype. A GGUF file, which has no folder of
+    its own, says itself what `config.json` and the tokenizer are.
 
     Args:
         plan: whose first source is the donor.
         target: the output folder.
     """
-    donor = plan.sources[0].path
+    source = plan.sources[0]
+    donor = source.path
     for name in side_files(donor):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(donor / name, target / name)
+    if source.format == "gguf":
+        with open_checkpoint(donor) as checkpoint:
+            converters.write_described_files(checkpoint, target)
     _write_dtype(plan, target)
 
 
@@ -67,4 +73,4 @@ def _write_dtype(plan: Plan, target: Path) -> None:
     if plan.resolved.written_dtype and not any(key in config for key in converters.DTYPE_KEYS):
         found["torch_dtype"] = dtype
     if found != config:
-        file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        converters.write_json(file, found)

@@ -16,8 +16,10 @@ from jaxmerge.converters import (
     convert,
     gguf_names,
     load_checkpoint,
+    load_model,
     open_checkpoint,
 )
+from jaxmerge.recipes import make_plan, parse, run
 
 gguf = pytest.importorskip("gguf", reason="needs the `gguf` extra")
 
@@ -345,6 +347,20 @@ def test_a_converted_folder_says_what_the_model_is(llama: Path, tmp_path: Path) 
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     found = load_checkpoint(tmp_path / "out")
     assert set(found) == set(decoder())
+
+
+def test_gguf_files_are_models_and_sources_of_a_merge(llama: Path, tmp_path: Path) -> None:
+    write(tmp_path / "other.gguf", "llama", as_gguf(decoder(1)))
+    recipe = f"merge_method: linear\nmodels: [{{model: {llama}}}, {{model: {tmp_path / 'other.gguf'}}}]\n"
+    recipe += "parameters: {weight: 1.0}\n"
+    merged = run(make_plan(parse(recipe), out=tmp_path / "merged"))
+    apply_fn, params, config = load_model(merged)
+    assert config.family == "llama"
+    first, second, found = decoder(0), decoder(1), load_checkpoint(merged)
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor, (first[name] + second[name]) / 2, atol=1e-6)
+    assert apply_fn(params, np.arange(4)[None]).shape == (1, 4, WORDS)
+    assert load_model(llama)[2].model == config.model
 
 
 # Parts, folders --------------------------------------------------------------------------------
