@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.models.multi_head import attend
+
 NORMS = ("batch", "group", "layer", "none")
 """Kinds of normalisation: over the batch with running statistics; over groups of channels; over the channels of each
 pixel; none."""
@@ -162,9 +164,7 @@ class SelfAttention(nn.Module):
             tokens
         )
         query, key, value = (fused[:, :, i] for i in range(3))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head**-0.5, key)
-        weights = nn.softmax(scores.astype(jnp.float32)).astype(dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        mixed = attend(query, key, value, scale=head**-0.5)
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, name="out")(mixed)
 
 
