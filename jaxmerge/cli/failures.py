@@ -33,6 +33,10 @@ class Commands(TyperGroup):
                 raise
             _report(f"interrupted; {str(interruption) or 'nothing half-written remains'}")
             raise typer.Exit(INTERRUPTED) from None
+        except SystemExit as ending:
+            for note in getattr(ending, "__notes__", ()):
+                _report(f"terminated; {note}")
+            raise
         except Exception as error:
             # Exits and errors of usage have an exit code of their own.
             if debug or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):

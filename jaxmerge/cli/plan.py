@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +28,7 @@ _ROWS = 40
 def plan(
     recipe: RecipePath,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="[OUT]", help="Where the merge will go; checked if given."),
     ] = None,
     seed: Seed = 0,
@@ -45,12 +44,22 @@ def plan(
     will differ from mergekit's.
     """
     from jaxmerge.recipes import make_plan, read
+    from jaxmerge.recipes.remote import check_free, is_remote
     from jaxmerge.recipes.streaming.memory import parse_limit
 
     use(Device.cpu)
     import_all(imports)
     limit = None if memory_limit is None else parse_limit(memory_limit)
-    made = make_plan(read(recipe), out=out, overwrite=overwrite, seed=seed, memory_limit=limit)
+    elsewhere = out is not None and is_remote(out)
+    made = make_plan(
+        read(recipe),
+        out=None if elsewhere else out,
+        overwrite=overwrite,
+        seed=seed,
+        memory_limit=limit,
+    )
+    if out is not None and elsewhere:
+        check_free(out, made.fingerprint, overwrite=overwrite)
     if json:
         typer.echo(made.to_json())
     else:

@@ -88,7 +88,8 @@ def reproduce(
     """
     output = Path(output)
     record = read_record(output)
-    recipe = parse(_elsewhere(record, sources or {}), filename=f"{output}: recipe")
+    moved = {**_beside(record, output), **(sources or {})}
+    recipe = parse(_elsewhere(record, moved), filename=f"{output}: recipe")
     plan = make_plan(recipe, seed=record["seed"])
     notes = [f"made with {name} {was}, compared with {now}" for name, was, now in _versions(record)]
     hashes: dict[str, str] = {}
@@ -131,6 +132,12 @@ def read_record(output: Path) -> dict[str, Any]:
         where = "its metadata" if is_file(output) else RECORD
         raise PlanError([f"{output}: there is no record of a merge in {where}"])
     return record
+
+
+def _beside(record: Mapping[str, Any], output: Path) -> dict[str, str]:
+    """Finds merges that the same recipe's file has made, which stand beside the output."""
+    made = [source["name"] for source in record["sources"] if not source["files"]]
+    return {name: str(output.parent / name) for name in made if (output.parent / name).is_dir()}
 
 
 def _elsewhere(record: Mapping[str, Any], sources: Mapping[str, str]) -> str:

@@ -65,7 +65,7 @@ def run(
       shard_size: for a folder of safetensors, the most bytes of tensors in one file; a larger tensor
         gets a file of its own. None: one file.
       memory_limit: the bytes that this process may hold; default: three quarters of what is free.
-      progress: called after each tensor with its name, the bytes written so far, and all bytes.
+      progress: called after each piece with its tensor's name, the bytes written so far, and all bytes.
       processes: those that run the same plan together; each merges its share of the files.
 
     Returns:
@@ -140,7 +140,8 @@ def _write_safetensors(
         written = [name for tied in names.values() for name in tied]
         steps = _Steps(plan, written, progress, processes)
         wanted = [steps.tensors[name] for name in names]
-        for piece in merged(plan, wanted, memory_limit=memory_limit):
+        # With nothing to merge nothing need be measured.
+        for piece in merged(plan, wanted, memory_limit=memory_limit) if wanted else ():
             for name in names[piece.name]:
                 digest = writer.write_flat(name, piece.start, piece.values)
                 if digest is not None:
@@ -298,7 +299,7 @@ def _write_beside(plan: Plan, place: Workplace) -> None:
     side_files.write_side_files(plan, place.target)
     hashes = _by_file(place)
     provenance.write_record(plan, place.target, hashes, place.journal.tensors)
-    copied = (plan.sources[0].path / model_card.CARD).exists()
+    copied = Path(model_card.CARD) in side_files.side_files(plan.sources[0].path)
     record = provenance.record(plan, hashes)
     model_card.write_card(place.target, record, place.output.name, copied=copied)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jaxmerge.converters import open_checkpoint
 from jaxmerge.converters import side_files as converters
+from jaxmerge.recipes.model_card import CARD, SECOND_CARD
 from jaxmerge.recipes.output import RECORD, UNFINISHED
 from jaxmerge.recipes.plan import Plan
 
@@ -44,10 +45,15 @@ def write_side_files(plan: Plan, target: Path) -> None:
 def side_files(folder: Path) -> Iterator[Path]:
     """Yields the files of a model's folder that are not weights and that no merge writes, by their names within it.
 
+    The model card of an earlier merge is none of them.
+
     Args:
         folder: of a model; a file has none.
     """
-    return (name for name in converters.side_files(folder) if str(name) not in _GENERATED)
+    written = {*_GENERATED}
+    if (folder / RECORD).exists():
+        written.add(SECOND_CARD if (folder / SECOND_CARD).exists() else CARD)
+    return (name for name in converters.side_files(folder) if str(name) not in written)
 
 
 def _write_dtype(plan: Plan, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The streaming writer: any order, and all or nothing."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -258,3 +259,79 @@ def test_formats_and_options_must_fit_each_other(tmp_path, name, options, messag
     with pytest.raises(CheckpointError, match=message):
         save_checkpoint(tmp_path / name, {"a": np.ones(1)}, **options)
     assert os.listdir(tmp_path) == []
+
+
+# Writers that go on -------------------------------------------------------------------------------
+
+
+def resumable(path, finished=None, **options):
+    return CheckpointWriter(path, INFOS, shard_size=17, finished=finished or {}, **options)
+
+
+def write_all(writer):
+    for name in writer.pending:
+        (info,) = [info for info in INFOS if info.name == name]
+        writer.write_flat(name, 0, values(info).reshape(-1))
+
+
+def test_a_resumable_writer_takes_over_what_has_kept_its_hash(tmp_path):
+    writer = resumable(tmp_path)
+    digest = writer.write_flat("a", 0, values(INFOS[0]).reshape(-1))
+    assert digest == hashlib.sha256(values(INFOS[0]).tobytes()).hexdigest()
+    assert writer.write_flat("d", 0, values(INFOS[3])[:4]) is None
+    writer.abort()
+    recorded = {**writer.finished, "b": "0" * 64}
+    assert recorded.keys() == {"a", "b"}
+    writer = resumable(tmp_path, recorded)
+    assert writer.pending == ["b", "c", "d"]
+    with pytest.raises(CheckpointError, match="'a': elements 0:4 were written before"):
+        writer.write("a", values(INFOS[0]))
+    write_all(writer)
+    writer.close()
+    np.testing.assert_equal(load_checkpoint(tmp_path), {i.name: values(i) for i in INFOS})
+
+
+def test_parts_out_of_order_give_the_hash_of_the_whole(tmp_path):
+    writer = resumable(tmp_path)
+    assert writer.write_flat("d", 4, values(INFOS[3])[4:]) is None
+    digest = writer.write_flat("d", 0, values(INFOS[3])[:4])
+    assert digest == hashlib.sha256(values(INFOS[3]).tobytes()).hexdigest()
+    writer.abort()
+
+
+def test_metadata_may_be_known_last(tmp_path):
+    writer = resumable(tmp_path, metadata={"k": "000"})
+    write_all(writer)
+    with pytest.raises(CheckpointError, match="more or fewer bytes"):
+        writer.close({"k": "much longer than before"})
+    writer = resumable(tmp_path, writer.finished, metadata={"k": "000"})
+    assert writer.pending == []
+    writer.close({"k": "abc"})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.metadata == {"k": "abc"}
+
+
+def test_several_writers_share_the_files_and_the_first_completes_them(tmp_path):
+    writers = [resumable(tmp_path, share=(index, 2)) for index in range(2)]
+    assert [writer.pending for writer in writers] == [["a", "d"], ["b", "c"]]
+    for writer in reversed(writers):
+        write_all(writer)
+        assert not any(name.endswith(".safetensors") for name in os.listdir(tmp_path))
+        writer.close()
+    np.testing.assert_equal(load_checkpoint(tmp_path), {i.name: values(i) for i in INFOS})
+
+
+def test_a_failure_while_publishing_leaves_the_parts_of_a_resumable_writer(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError(5, "Input/output error")
+
+    writer = resumable(tmp_path)
+    write_all(writer)
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialFile, "publish", broken)
+        with pytest.raises(CheckpointError, match=r"cannot write: Input/output error"):
+            writer.close()
+    again = resumable(tmp_path, writer.finished)
+    assert again.pending == []
+    again.close()
+    assert len(load_checkpoint(tmp_path)) == 4
