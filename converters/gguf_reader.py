@@ -78,6 +78,7 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path}: metadata 'general.architecture': expected text, found {architecture!r:.80}"
             )
+        self._check_types(stored)
         self._sources: dict[str, _Source] = {}
         infos = {}
         for name, (own, change) in gguf_names.hugging_face(architecture, stored, path).items():
@@ -140,6 +141,19 @@ class GgufCheckpoint(Checkpoint):
         """Closes the files; reading afterwards is an error. Closing twice is not."""
         _close_all(self._descriptors)
 
+    def _check_types(self, stored: Mapping[str, tuple[GgufTensor, str]]) -> None:
+        """Tries a block of every type: the package does not dequantise all that it knows."""
+        first = {tensor.type: (tensor, file) for tensor, file in reversed(stored.values())}
+        for kind in first.keys() - _PLAIN.keys():
+            tensor, file = first[kind]
+            block = np.zeros((1, tensor.block_bytes), np.uint8)
+            try:
+                self._gguf.quants.dequantize(block, self._gguf.GGMLQuantizationType[kind])
+            except NotImplementedError:
+                raise CheckpointError(
+                    f"{file}: tensor {tensor.name!r}: this version of gguf does not dequantise {kind}"
+                ) from None
+
     def _heads(self, architecture: str, change: gguf_names.Change, path: str) -> int:
         if change not in ("query_rows", "key_rows"):
             return 1
@@ -195,12 +209,7 @@ class GgufCheckpoint(Checkpoint):
             packed = np.empty((end - begin) // tensor.block * tensor.block_bytes, np.uint8)
             at = tensor.offset + begin // tensor.block * tensor.block_bytes
             byte_io.read_into(fd, byte_io.as_bytes(packed), at, where)
-            try:
-                unpacked = self._gguf.quants.dequantize(packed[None], kind)[0]
-            except NotImplementedError:
-                raise CheckpointError(
-                    f"{where}: this version of gguf does not dequantise {tensor.type}"
-                ) from None
+            unpacked = self._gguf.quants.dequantize(packed[None], kind)[0]
             low, high = max(begin, start), min(end, stop)
             values[low - start : high - start] = unpacked[low - begin : high - begin]
         return values

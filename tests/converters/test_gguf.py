@@ -225,6 +225,21 @@ def test_quantised_tensors_are_dequantised(tmp_path: Path, kind: str) -> None:
     assert info.nbytes == found.nbytes
 
 
+@pytest.mark.parametrize("kind", [k for k in gguf.GGMLQuantizationType if k.name[0] in "QIMTN"])
+def test_every_quantised_type_is_dequantised_or_refused_at_once(tmp_path: Path, kind: Any) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    by_bytes(tmp_path / "m.gguf", [("w", [block, 2], int(kind), 0)], data=2 * size)
+    try:
+        checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    except CheckpointError as error:
+        message = str(error)
+        assert f"'w': this version of gguf does not dequantise {kind.name}" in message
+        return
+    with checkpoint:
+        assert checkpoint.tensors["w"].shape == (2, block)
+        assert np.isfinite(checkpoint.read("w").astype(np.float64)).all()
+
+
 def by_hand(tensor: np.ndarray, kind: str) -> np.ndarray:
     """What the stored bytes stand for, in float64, from the formats' definitions."""
     if kind == "F16":
