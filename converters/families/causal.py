@@ -32,6 +32,20 @@ def causal_apply(module: Callable[[Config], CausalLM], config: Config) -> ApplyF
     return apply
 
 
+def refuse_stacked(config: Config) -> None:
+    """Raises a CheckpointError for a config of stacked layers: a checkpoint has a tensor per layer.
+
+    Example:
+      >>> from jaxmerge.models import GPT2Config
+      >>> refuse_stacked(GPT2Config(9, 4, 4, 2, 2, 8))
+    """
+    if config.stacked:
+        raise CheckpointError(
+            "a checkpoint has its layers apart, found a config with stacked=True: load with stacked=False, then call "
+            "stack_model; what is stacked already is taken apart by unstack_model"
+        )
+
+
 def count(json: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A number of things in config.json.
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.families import rope
-from jaxmerge.converters.families.causal import causal_apply, causal_inputs, count, layer_count
+from jaxmerge.converters.families.causal import (
+    causal_apply,
+    causal_inputs,
+    count,
+    layer_count,
+    refuse_stacked,
+)
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
@@ -31,6 +37,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _rules(config: DecoderConfig) -> list[Rule]:
+    refuse_stacked(config)
     layer, tree = "model.layers.{i}", "params/layers_{i}"
     attention, ours = f"{layer}.self_attn", f"{tree}/attention"
     rules = [embedding("model.embed_tokens", "params/token_embedding")]

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jaxmerge.converters.families.causal import causal_apply, causal_inputs, count, layer_count
+from jaxmerge.converters.families.causal import (
+    causal_apply,
+    causal_inputs,
+    count,
+    layer_count,
+    refuse_stacked,
+)
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
@@ -33,6 +39,7 @@ _NORMS = {"ln_1": "attention_norm", "ln_2": "mlp_norm"}
 
 
 def _rules(body: str, config: GPT2Config) -> list[Rule]:
+    refuse_stacked(config)
     layer, tree = f"{body}h.{{i}}", "params/layers_{i}"
     rules = [
         embedding(f"{body}wte", "params/token_embedding"),

@@ -148,7 +148,8 @@ def _candidates(
         fitting = [one for one in known if isinstance(config, one.config_type)]
         if not fitting:
             raise CheckpointError(f"{where}: no family has a {type(config).__name__} as config")
-        return fitting
+        # Several families may share a config and a table; config.json then says which it is.
+        return [one for one in fitting if json.get("model_type") in one.accepted_types] or fitting
     kind = json.get("model_type")
     if kind is None:
         return known

@@ -265,6 +265,18 @@ def test_without_config_json_a_decoder_is_not_guessed(tmp_path: Path) -> None:
     assert config.model == read()
 
 
+def test_a_config_that_families_share_is_of_the_one_that_config_json_names(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, random_checkpoint("llama", read()))
+    half = replace(read(), dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="fits several families, name one of them: llama"):
+        load_model(tmp_path, config=half)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    _, _, loaded = load_model(tmp_path, config=half)
+    assert (loaded.family, loaded.model) == ("llama", half)
+    with pytest.raises(CheckpointError, match="layers apart, found a config with stacked=True"):
+        load_model(tmp_path, config=replace(half, stacked=True))
+
+
 def test_a_body_of_gpt2_with_its_old_buffers_is_read(tmp_path: Path) -> None:
     config = GPT2Config(9, 4, 4, 2, 2, 8)
     tensors = dict(random_checkpoint("gpt2_body", config))

@@ -42,7 +42,11 @@ MIXED = ["full_attention", "sliding_attention"] * 2
 
 
 def scaled(**parameters: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_theta": 500.0, **parameters}, "max_position_embeddings": 64}
+    return {
+        "rope_parameters": {"rope_theta": 500.0, **parameters},
+        "max_position_embeddings": 64,
+        "num_hidden_layers": 1,
+    }
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
