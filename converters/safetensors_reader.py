@@ -99,7 +99,7 @@ class SafetensorsCheckpoint(Checkpoint):
         fd = self._descriptors.get(info.file)
         if fd is None:
             raise CheckpointError(f"{self.path}: tensor {info.name!r}: the checkpoint is closed")
-        array = np.empty(stop - start, dtypes.storage_dtype(info.dtype))
+        array = byte_io.aligned(stop - start, dtypes.storage_dtype(info.dtype))
         byte_io.read_into(
             fd,
             byte_io.as_bytes(array),

@@ -405,6 +405,7 @@ def test_passes_over_chunks_keep_what_the_whole_keeps(
     distribution: str, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if few:
+        monkeypatch.setattr(stream, "_HELD", 40)
         monkeypatch.setattr(stream, "_BINS", 1 << 6)
         monkeypatch.setattr(stream, "_SAMPLES", (1 << 6, 1 << 8))
     sizes = {"c": 1200, "a": 3, "b": 4001}
@@ -429,7 +430,6 @@ def test_a_sample_spares_a_pass_and_one_that_misses_costs_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "_SAMPLES", (1 << 12, 1 << 12))
-    monkeypatch.setattr(stream, "_BINS", 1 << 22)
     values = sample("normal", (1 << 14,), np.float32)
     _, made = in_passes({"w": values}, [[5000]])
     # A sample, and a count that finds the threshold.

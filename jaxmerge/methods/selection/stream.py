@@ -1,9 +1,9 @@
 """The selection over values that are never in memory together: passes over their chunks.
 
-A sample brackets the threshold, a pass counts what lies above the bracket, at its ends and inside, and where a bin
-inside holds more than one key, a further pass looks into it. A sample that misses costs passes, not exactness. Entries
-that are equal to the threshold are then shared among the tensors, and the last one that is kept is looked for where
-only some are.
+A sample brackets the threshold, and a pass counts what lies above the bracket and at its ends, and gathers what lies
+inside. Where that is more than can be held it is counted by bins, and a further pass looks into one of them. A sample
+that misses costs passes, not exactness. Entries that are equal to the threshold are then shared among the tensors, and
+the last one that is kept is looked for where only some are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _LIMIT = 1 << 31
 """Above every key of float32."""
 
 _NOTHING = _LIMIT - 1
+_HELD = 1 << 22
 _BINS = 1 << 20
 _SAMPLES = (1 << 15, 1 << 20)
 _SAMPLED = 256
@@ -156,30 +157,28 @@ def _thresholds(
 
 
 class _Counted:
-    """What lies above a bracket, at its ends, and, by bins of one key or more, inside."""
+    """What lies above a bracket, at its ends and inside: key by key, or by bins where that is too much to hold."""
 
     def __init__(self, bracket: _Bracket) -> None:
         self.bracket = bracket
-        self._first = bracket.low + 1
-        self._shift = max(0, (bracket.high - bracket.low - 1).bit_length() - _BINS.bit_length() + 1)
-        self._bins = np.zeros(max(0, (bracket.high - self._first - 1 >> self._shift) + 1), np.int64)
         self._above = self._at_high = self._at_low = 0
-        self._waiting: list[np.ndarray] = []
+        self._inside: list[np.ndarray] = []
         self._held = 0
+        self._bins: np.ndarray | None = None
+        self._shift = max(0, (bracket.high - bracket.low - 1).bit_length() - _BINS.bit_length() + 1)
 
     def add(self, part: Split) -> None:
         self._above += part.above
         self._at_high += part.at_high
         self._at_low += part.at_low
         if part.inside.size:
-            self._waiting.append(part.inside)
+            self._inside.append(part.inside)
             self._held += part.inside.size
-            if self._held > _BINS:
+            if self._held > _HELD:
                 self._sort_in()
 
     def kth(self, k: int) -> _Threshold | _Bracket:
         """The threshold of the k largest, or the bracket that it lies in."""
-        self._sort_in()
         low, high = self.bracket
         if k <= self._above:
             return _Bracket(high, _LIMIT)
@@ -187,25 +186,39 @@ class _Counted:
         if k <= self._at_high:
             return _Threshold(high, k, self._at_high)
         k -= self._at_high
-        inside = int(self._bins.sum())
+        inside = self._held if self._bins is None else self._held + int(self._bins.sum())
         if k <= inside:
-            at_least = np.cumsum(self._bins[::-1])
-            back = int(np.searchsorted(at_least, k))
-            place, held = self._bins.size - 1 - back, int(self._bins[::-1][back])
-            key = self._first + (place << self._shift)
-            if self._shift == 0:
-                return _Threshold(key, k - (int(at_least[back]) - held), held)
-            return _Bracket(key - 1, key + (1 << self._shift))
+            return self._kth_by_bins(k) if self._bins is not None else self._kth_by_keys(k)
         k -= inside
         if k <= self._at_low:
             return _Threshold(low, k, self._at_low)
         return _Bracket(-1, low)
 
+    def _kth_by_keys(self, k: int) -> _Threshold:
+        keys = np.concatenate(self._inside)
+        key = np.partition(keys, keys.size - k)[keys.size - k]
+        kept = k - int(np.count_nonzero(keys > key))
+        return _Threshold(int(key), kept, int(np.count_nonzero(keys == key)))
+
+    def _kth_by_bins(self, k: int) -> _Threshold | _Bracket:
+        self._sort_in()
+        assert self._bins is not None
+        downwards = self._bins[::-1]
+        at_least = np.cumsum(downwards)
+        place = int(np.searchsorted(at_least, k))
+        held = int(downwards[place])
+        key = self.bracket.low + 1 + (self._bins.size - 1 - place << self._shift)
+        if self._shift == 0:
+            return _Threshold(key, k - (int(at_least[place]) - held), held)
+        return _Bracket(key - 1, key + (1 << self._shift))
+
     def _sort_in(self) -> None:
-        if self._waiting:
-            keys = np.concatenate(self._waiting).astype(np.int64) - self._first
-            self._bins += np.bincount(keys >> self._shift, minlength=self._bins.size)
-            self._waiting, self._held = [], 0
+        first = self.bracket.low + 1
+        if self._bins is None:
+            self._bins = np.zeros((self.bracket.high - first - 1 >> self._shift) + 1, np.int64)
+        keys = np.concatenate([*self._inside, np.zeros(0, np.uint32)]).astype(np.int64) - first
+        self._bins += np.bincount(keys >> self._shift, minlength=self._bins.size)
+        self._inside, self._held = [], 0
 
 
 def _sampled_brackets(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxmerge.converters import Checkpoint
+from jaxmerge.converters.byte_io import aligned
 from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.methods.leaf import Chunk, LeafMethod, Local, Measure, Select, Sums
 from jaxmerge.methods.measuring import (
@@ -27,7 +28,7 @@ from jaxmerge.methods.selection.stream import Look
 from jaxmerge.recipes.inputs import read
 from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.streaming.cuts import Cut
-from jaxmerge.recipes.streaming.grouping import Group
+from jaxmerge.recipes.streaming.grouping import SMALL, Group
 from jaxmerge.recipes.streaming.numbers import Given, Numbers
 from jaxmerge.recipes.streaming.piece import Piece
 from jaxmerge.recipes.streaming.pipeline import each
@@ -185,7 +186,8 @@ class Work:
     def _select(self, one: Select) -> list[tuple[Selection, ...]]:
         group = self.group
         counts = self.counts(one, group.size)
-        if len(group.cuts) > 1:
+        whole = group.rows is not None or group.leaf.cuts == "never" or group.size <= SMALL
+        if len(group.cuts) > 1 or not whole:
             name = group.tensors[0].identity
 
             def passes(look: Look, names: Sequence[str] = ()) -> Iterator[Any]:
@@ -284,7 +286,7 @@ class Work:
             if group.rows is None:
                 return given(inputs[0]).reshape(cut.shape)
             first = given(inputs[0])
-            array = np.empty((group.rows, first.size), first.dtype)
+            array = aligned(group.rows * first.size, first.dtype).reshape(group.rows, -1)
             array[:] = first
             for row, one in enumerate(inputs[1:], 1):
                 array[row] = given(one)
