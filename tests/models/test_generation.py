@@ -89,7 +89,7 @@ def test_greedy_texts_are_those_of_transformers(
         ended = model.generate(
             prompts, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=end
         ).numpy()[:, 6:]
-    assert (ended[0] != expected[0, : ended.shape[1]]).any()
+    assert end in ended[0, :4]
     _, params, loaded = load_model(tmp_path)
     if kind == "gemma3_text":
         _, params, loaded = stack_model(params, loaded)
