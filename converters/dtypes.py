@@ -31,6 +31,8 @@ _BY_CODE: dict[str, np.dtype] = {
 }
 _CODES: dict[np.dtype, str] = {dtype: code for code, dtype in _BY_CODE.items()}
 _BY_NAME: dict[str, np.dtype] = {dtype.name: dtype for dtype in _CODES}
+# NumPy works a dtype's name out anew each time, which counts over 100,000 tensors.
+_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in _BY_NAME.items()}
 # Several values in one byte: only quantised checkpoints hold these.
 _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 
@@ -38,6 +40,19 @@ _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 def names() -> tuple[str, ...]:
     """Returns the NumPy / ml_dtypes names of every storage type, "bfloat16" and so on."""
     return tuple(_BY_NAME)
+
+
+def name_of(dtype: np.dtype) -> str:
+    """Returns the name of a storage dtype.
+
+    Args:
+      dtype: as `from_code` or `storage_dtype` returns it.
+
+    Example:
+      >>> name_of(from_code("BF16"))
+      'bfloat16'
+    """
+    return _NAMES[dtype]
 
 
 def from_code(code: str) -> np.dtype:

@@ -227,7 +227,7 @@ def _tensor(name: str, entry: object, path: str) -> tuple[TensorInfo, int]:
             f"{where}: {dtype.name}{shape} takes {nbytes} bytes, found data_offsets {span} "
             f"of {span[1] - span[0]} bytes"
         )
-    return TensorInfo(name, tuple(shape), dtype.name, nbytes, path), span[0]
+    return TensorInfo(name, tuple(shape), dtypes.name_of(dtype), nbytes, path), span[0]
 
 
 def _are_counts(values: object) -> bool:

@@ -49,4 +49,4 @@ class TensorInfo(NamedTuple):
         """
         stored = dtypes.storage_dtype(dtype)
         shape = tuple(int(size) for size in shape)
-        return cls(name, shape, stored.name, math.prod(shape) * stored.itemsize, file)
+        return cls(name, shape, dtypes.name_of(stored), math.prod(shape) * stored.itemsize, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ CARD = "README.md"
 SECOND_CARD = "README-merge.md"
 
 
-def card(record: dict[str, Any], name: str, *, for_transformers: bool) -> str:
+def card(record: Mapping[str, Any], name: str, *, for_transformers: bool) -> str:
     """Returns the text of the card.
 
     Args:
@@ -62,7 +63,7 @@ def card(record: dict[str, Any], name: str, *, for_transformers: bool) -> str:
     )
 
 
-def write_card(folder: Path, record: dict[str, Any], name: str, *, copied: bool) -> None:
+def write_card(folder: Path, record: Mapping[str, Any], name: str, *, copied: bool) -> None:
     """Writes the card, beside one that was copied from a source."""
     file = folder / (SECOND_CARD if copied else CARD)
     whole = card(record, name, for_transformers=(folder / "config.json").exists())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ UNKNOWN = "0" * 64
 Hashes = Mapping[str, str]
 
 
-def record(plan: Plan, hashes: Hashes) -> dict[str, Any]:
+def record(plan: Plan, tensors: Sequence[Mapping[str, Any]], hashes: Hashes) -> dict[str, Any]:
     """Returns what decides the values of a merged model, and where it came from, as plain data.
 
     No path of this machine is in it: sources have the names that the recipe gives them.
 
     Args:
         plan: what was carried out.
+        tensors: how tensors were made, see `settings`.
         hashes: sha256 (hex) of the sources' files by path; `UNKNOWN` stands for those left out.
     """
     return {
@@ -56,7 +57,7 @@ def record(plan: Plan, hashes: Hashes) -> dict[str, Any]:
             }
             for source in plan.sources
         ],
-        "tensors": settings(plan),
+        "tensors": tensors,
     }
 
 
@@ -66,32 +67,38 @@ def settings(plan: Plan) -> list[dict[str, Any]]:
     Each has the action or the method with its options, the hyperparameters, the models and the
     base as indices into the sources, and the tensors' names.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[Hashable, dict[str, Any]] = {}
     for tensor in plan.tensors:
-        made = _made(plan, tensor)
-        entry = groups.setdefault(json.dumps(made, sort_keys=True), {**made, "names": []})
-        entry["names"].append(tensor.name)
+        sources = tuple(one.source for one in tensor.models)
+        base = None if tensor.base is None else tensor.base.source
+        key = (tensor.action, tensor.merge, sources, base, *sorted(tensor.hyperparameters.items()))
+        if key not in groups:
+            groups[key] = {**_made(plan, tensor), "names": []}
+        groups[key]["names"].append(tensor.name)
     return list(groups.values())
 
 
-def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
-    """Returns the entries for a safetensors file's metadata; as long for any hashes."""
-    entry = json.dumps(record(plan, hashes), ensure_ascii=False, separators=(",", ":"))
-    return {METADATA_KEY: entry}
+def metadata(made: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the entries for a safetensors file's metadata; as long for any hashes.
+
+    Args:
+        made: what `record` gives.
+    """
+    return {METADATA_KEY: json.dumps(made, ensure_ascii=False, separators=(",", ":"))}
 
 
-def write_record(plan: Plan, folder: Path, hashes: Hashes, tensors: Hashes) -> None:
+def write_record(plan: Plan, folder: Path, made: Mapping[str, Any], tensors: Hashes) -> None:
     """Writes `recipe.yaml`, the recipe as it ran, and `jaxmerge.json`, all that is known of the merge.
 
     Args:
         plan: what was carried out.
         folder: the output.
-        hashes: sha256 (hex) of the sources' files by path.
+        made: what `record` gives.
         tensors: sha256 (hex) of each tensor's bytes in the output; empty for a PyTorch file.
     """
     (folder / "recipe.yaml").write_text(dump(plan.resolved.recipe), encoding="utf-8")
     known = {
-        **record(plan, hashes),
+        **made,
         "notes": list(plan.notes),
         "sha256": {tensor.name: tensors[tensor.name] for tensor in plan.tensors if tensors},
         "fingerprint": plan.fingerprint,

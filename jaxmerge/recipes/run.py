@@ -120,6 +120,7 @@ def _write_safetensors(
 ) -> None:
     """Writes this process's share of the files; the first process then completes the output."""
     donated, rank = _donated(plan)
+    made = provenance.settings(plan)
     journal = place.journal
     _take_all(place)
     if _is_whole(plan, place):
@@ -129,7 +130,7 @@ def _write_safetensors(
         CheckpointWriter(
             place.target,
             [TensorInfo.of(t.name, t.shape, t.dtype) for t in plan.tensors],
-            metadata=donated | provenance.metadata(plan, {}),
+            metadata=donated | provenance.metadata(provenance.record(plan, made, {})),
             shard_size=shard_size,
             ties=plan.ties,
             finished=journal.tensors,
@@ -156,8 +157,9 @@ def _write_safetensors(
         _take_all(place)
         journal.tensors.update(writer.finished)
         check_unchanged(plan)
-        _write_beside(plan, place)
-        writer.close(donated | provenance.metadata(plan, _by_file(place)))
+        record = provenance.record(plan, made, _by_file(place))
+        _write_beside(plan, place, record)
+        writer.close(donated | provenance.metadata(record))
 
 
 def _write_torch(
@@ -182,7 +184,7 @@ def _write_torch(
             hashes.advance(steps.count(piece, 1))
         hashes.finish()
     check_unchanged(plan)
-    _write_beside(plan, place)
+    _write_beside(plan, place, provenance.record(plan, provenance.settings(plan), _by_file(place)))
     donor = plan.sources[0]
     save_checkpoint(
         place.target,
@@ -292,15 +294,13 @@ class _Steps:
         return 1 - self._ahead / max(self._began, 1)
 
 
-def _write_beside(plan: Plan, place: Workplace) -> None:
+def _write_beside(plan: Plan, place: Workplace, record: Mapping[str, Any]) -> None:
     """Writes all of a folder that is not weights."""
     if is_file(place.output):
         return
     side_files.write_side_files(plan, place.target)
-    hashes = _by_file(place)
-    provenance.write_record(plan, place.target, hashes, place.journal.tensors)
+    provenance.write_record(plan, place.target, record, place.journal.tensors)
     copied = Path(model_card.CARD) in side_files.side_files(plan.sources[0].path)
-    record = provenance.record(plan, hashes)
     model_card.write_card(place.target, record, place.output.name, copied=copied)
 
 
