@@ -38,8 +38,8 @@ def reproduce(
     written beside OUT. Ends with exit code 1 if something differs.
     """
     began = time.monotonic()
+    from jaxmerge.recipes import reproduce as compare
     from jaxmerge.recipes.output import bytes_text
-    from jaxmerge.recipes.reproducing import reproduce as compare
 
     use(device)
     import_all(imports)

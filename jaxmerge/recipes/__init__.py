@@ -2,6 +2,7 @@
 
 from jaxmerge.recipes.errors import PlanError, RecipeError
 from jaxmerge.recipes.plan import Plan, make_plan
+from jaxmerge.recipes.reproducing import Reproduction, reproduce
 from jaxmerge.recipes.resolve import Resolved, resolve
 from jaxmerge.recipes.run import load_sources, run
 from jaxmerge.recipes.schema import Recipe, dump, parse, read
@@ -11,12 +12,14 @@ __all__ = [
     "PlanError",
     "Recipe",
     "RecipeError",
+    "Reproduction",
     "Resolved",
     "dump",
     "load_sources",
     "make_plan",
     "parse",
     "read",
+    "reproduce",
     "resolve",
     "run",
 ]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmerge.converters import load_checkpoint, open_checkpoint, save_checkpoint
-from jaxmerge.recipes import PlanError, make_plan, parse, run
-from jaxmerge.recipes.reproducing import reproduce
+from jaxmerge.recipes import PlanError, make_plan, parse, reproduce, run
 
 RECIPE = """
 merge_method: dare_linear
