@@ -238,7 +238,7 @@ def _qwen3(json: Json) -> dict[str, Any]:
 
 def _smollm3(json: Json) -> dict[str, Any]:
     depth = json["num_hidden_layers"]
-    every = json.get("no_rope_layer_interval", 4)
+    every = count(json, "no_rope_layer_interval", 4)
     turned = json.get("no_rope_layers") or [(i + 1) % every for i in range(depth)]
     if len(turned) != depth:
         raise CheckpointError(
@@ -285,7 +285,7 @@ def _gemma2(json: Json) -> dict[str, Any]:
 
 def _gemma3(json: Json) -> dict[str, Any]:
     require(json, attn_logit_softcapping=None)
-    every = json.get("sliding_window_pattern", 6)
+    every = count(json, "sliding_window_pattern", 6)
     types = [_SLIDING if (i + 1) % every else _FULL for i in range(json["num_hidden_layers"])]
     windows = _windows(json, types, _window(json, 4096))
     whole, local = _gemma3_rotaries(json)

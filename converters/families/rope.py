@@ -52,6 +52,8 @@ def parse(parameters: Parameters, json: Mapping[str, Any], *, theta: float) -> R
             f"Known: {', '.join(known)}"
         )
     theta = float(parameters.get("rope_theta") or theta)
+    if not theta > 1:
+        raise CheckpointError(f"config.json: expected rope_theta above 1, found {theta}")
     if kind == "default":
         return Rotary(theta)
     try:

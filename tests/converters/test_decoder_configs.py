@@ -178,6 +178,11 @@ def test_rope_is_read_where_either_version_of_transformers_writes_it() -> None:
         ({"rope_scaling": {"type": "mrope"}}, "RoPE scaling 'mrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "RoPE scaling 'linear' lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"rope_theta": -1.0}, "expected rope_theta above 1, found -1.0"),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": 0},
+            "as no_rope_layer_interval, found 0",
+        ),
         ({"hidden_act": "sillu"}, "hidden_act 'sillu' is not supported. Nearest: 'silu'"),
         ({"num_key_value_heads": 3}, "3 key heads do not divide 4 query heads"),
         ({"head_dim": 7}, "even head width, found 7"),
