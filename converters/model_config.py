@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from jaxmerge.converters import dtypes, families
+from jaxmerge.converters.config_values import from_values, to_values
 from jaxmerge.converters.errors import CheckpointError
-from jaxmerge.converters.families.family import ApplyFn, Config, Family, from_plain_json
+from jaxmerge.converters.families.family import ApplyFn, Config, Family
 from jaxmerge.tree import Layout, TensorLayout
 
 
@@ -62,7 +63,7 @@ class ModelConfig:
         """
         return {
             "family": self.family,
-            "model": asdict(self.model),
+            "model": to_values(self.model),
             "prefix": self.prefix,
             "json": dict(self.json),
             "aliases": dict(self.aliases),
@@ -89,7 +90,7 @@ class ModelConfig:
         table = families.get(given.family)
         return cls(
             given.family,
-            from_plain_json(table.config_type, given.model),
+            from_values(table.config_type, given.model),
             given.prefix,
             given.json,
             given.aliases,

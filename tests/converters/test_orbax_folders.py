@@ -1,5 +1,6 @@
 """Orbax checkpoints: exact, onto a mesh of eight devices, and each host reading its part."""
 
+import json
 import os
 import socket
 import subprocess
@@ -25,7 +26,16 @@ from jaxmerge.converters import (
     save_model,
     save_orbax,
 )
-from jaxmerge.models import MLPConfig, ResNetConfig
+from jaxmerge.models import (
+    DecoderConfig,
+    InvertedResidualConfig,
+    LayerKind,
+    MLPConfig,
+    ResNetConfig,
+    Rotary,
+    YarnScaling,
+)
+from jaxmerge.models.inverted_residual import Block
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +141,37 @@ def test_a_description_of_something_else_is_refused(tmp_path: Path) -> None:
     for change, message in (
         ({"family": "mlp_cf"}, "no family 'mlp_cf'"),
         ({"layout": 3}, "not a model's description"),
-        ({"model": {"width": 3}}, "no field 'width'"),
+        ({"model": {"type": "MLPConfig", "width": 3}}, "MLPConfig in a config: .*'width'"),
+        (
+            {"model": {"type": "MLPConfg"}},
+            "unknown type 'MLPConfg' in a config. Nearest: 'MLPConfig'",
+        ),
+        ({"model": {"type": "Rotary"}}, "expected a MLPConfig, found Rotary"),
     ):
         with pytest.raises(CheckpointError, match=message):
             ModelConfig.from_json(text | change)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig("mobilenet_v2", InvertedResidualConfig(4, (Block(8, 4, 1, 3),), 8, 3)),
+        ModelConfig(
+            "llama",
+            DecoderConfig(
+                *(11, 8, (LayerKind(4, Rotary(1e4, YarnScaling(4.0, 100))), LayerKind())),
+                *(2, 1, 4, 16),
+            ),
+        ),
+    ],
+    ids=lambda config: config.family,
+)
+def test_descriptions_with_values_inside_values_come_back(config: ModelConfig) -> None:
+    again = ModelConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert again == config
+    assert [type(one) for one in vars(again.model).values()] == [
+        type(one) for one in vars(config.model).values()
+    ]
 
 
 HOST = """
