@@ -39,7 +39,7 @@ def check_unchanged(plan: Plan) -> None:
 
 
 class SourceHashes:
-    """sha256 of files, computed in a thread that keeps in step with a merge.
+    """sha256 of files, computed in a thread for each source that keeps in step with a merge.
 
     A file's hash needs its bytes in order, and a merge reads them in pieces of its own. So the files
     are read once more, each as far as the merge has come: what it has just read is still in the
@@ -48,7 +48,7 @@ class SourceHashes:
     Args:
         sources: for each source its files: path, size in bytes and time of change (ns).
         known: hashes that an earlier run has taken, by the same.
-        step: called from the thread with a file and its hash.
+        step: called from a thread with a file and its hash.
 
     Raises:
         PlanError: from `finish`: a file has changed or cannot be read.
@@ -62,30 +62,35 @@ class SourceHashes:
     ) -> None:
         stamps = list(dict.fromkeys(stamp for files in sources for stamp in files))
         self._found = {stamp: known[stamp] for stamp in stamps if stamp in known}
-        self._pending = [[stamp for stamp in files if stamp not in known] for files in sources]
+        pending = [[stamp for stamp in files if stamp not in known] for files in sources]
         self._step = step
         self._share = 0.0
         self._stop = False
         self._error: Exception | None = None
         self._moved = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=(files,), daemon=True)
+            for files in pending
+            if files
+        ]
 
     def advance(self, share: float) -> None:
         """Says which share of its bytes, from 0 to 1, the merge has read."""
         with self._moved:
             self._share = share
-            self._moved.notify()
+            self._moved.notify_all()
 
     def finish(self) -> dict[str, str]:
         """Waits for the last byte; returns the hash of each file by its path."""
         self.advance(1.0)
-        self._thread.join()
+        self._join()
         if self._error is not None:
             raise self._error
         return {file: digest for (file, _, _), digest in self._found.items()}
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -96,32 +101,25 @@ class SourceHashes:
     ) -> None:
         with self._moved:
             self._stop = True
-            self._moved.notify()
-        self._thread.join()
+            self._moved.notify_all()
+        self._join()
 
-    def _run(self) -> None:
-        try:
-            self._hash_all()
-        except Exception as error:
-            self._error = error
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
 
-    def _hash_all(self) -> None:
-        reading = [_Reading(stamps) for stamps in self._pending if stamps]
+    def _run(self, files: Sequence[Stamp]) -> None:
+        reading = _Reading(files)
         buffer = memoryview(bytearray(_BLOCK))
         try:
-            while reading:
-                # All sources at the same share of their bytes, as the merge reads them.
-                last = min(reading, key=lambda one: one.share)
-                if not self._wait_until(last.share):
-                    return
-                for stamp, digest in last.read(buffer):
+            while not reading.done and self._wait_until(reading.share):
+                for stamp, digest in reading.read(buffer):
                     self._found[stamp] = digest
                     self._step(stamp, digest)
-                if last.done:
-                    reading.remove(last)
+        except Exception as error:
+            self._error = error
         finally:
-            for one in reading:
-                one.close()
+            reading.close()
 
     def _wait_until(self, share: float) -> bool:
         """Waits until the merge has read more than a share; False: it has ended."""
