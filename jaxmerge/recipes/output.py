@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.converters.folder import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
+from jaxmerge.converters.folder import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, locate
 from jaxmerge.converters.partial_file import SUFFIX as PARTIAL_SUFFIX
 from jaxmerge.recipes.journal import head_of
 
@@ -69,6 +69,7 @@ def is_finished(output: Path, fingerprint: str) -> bool:
     if is_file(output) or journal_of(output).exists():
         return False
     try:
+        locate(os.fspath(output))
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False

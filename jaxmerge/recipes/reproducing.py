@@ -124,7 +124,10 @@ def read_record(output: Path) -> dict[str, Any]:
             text = (output / RECORD).read_text(encoding="utf-8")
         record = json.loads(text)
         known = isinstance(record["recipe"], str) and isinstance(record["seed"], int)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for source in record["sources"]:
+            known &= isinstance(source["name"], str)
+            known &= all({"name", "sha256"} <= file.keys() for file in source["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         known = False

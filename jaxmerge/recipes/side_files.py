@@ -11,12 +11,12 @@ from pathlib import Path
 from jaxmerge.converters import open_checkpoint
 from jaxmerge.converters import side_files as converters
 from jaxmerge.recipes.model_card import CARD, SECOND_CARD
-from jaxmerge.recipes.output import RECORD, UNFINISHED
+from jaxmerge.recipes.output import RECORD, is_journal
 from jaxmerge.recipes.plan import Plan
 
 CONFIG = "config.json"
 # Written anew by every merge.
-_GENERATED = frozenset({RECORD, "recipe.yaml", UNFINISHED})
+_GENERATED = frozenset({RECORD, "recipe.yaml"})
 
 
 def write_side_files(plan: Plan, target: Path) -> None:
@@ -33,7 +33,11 @@ def write_side_files(plan: Plan, target: Path) -> None:
     """
     source = plan.sources[0]
     donor = source.path
+    # An output within the donor's folder is not copied into itself.
+    inside = target.resolve()
     for name in side_files(donor):
+        if inside in (donor / name).resolve().parents:
+            continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(donor / name, target / name)
     if source.format == "gguf":
@@ -53,7 +57,11 @@ def side_files(folder: Path) -> Iterator[Path]:
     written = {*_GENERATED}
     if (folder / RECORD).exists():
         written.add(SECOND_CARD if (folder / SECOND_CARD).exists() else CARD)
-    return (name for name in converters.side_files(folder) if str(name) not in written)
+    return (
+        name
+        for name in converters.side_files(folder)
+        if str(name) not in written and not is_journal(str(name))
+    )
 
 
 def _write_dtype(plan: Plan, target: Path) -> None:

@@ -96,6 +96,21 @@ def test_an_output_without_a_record_is_refused(folder: Path) -> None:
         reproduce("a/model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[]",
+        '{"recipe": 1, "seed": 0, "sources": []}',
+        '{"recipe": "", "seed": 0, "sources": [{"name": "a", "files": [1]}]}',
+    ],
+)
+def test_a_record_of_another_form_is_refused(folder: Path, record: str) -> None:
+    Path("a/jaxmerge.json").write_text(record)
+    with pytest.raises(PlanError, match="there is no record of a merge"):
+        reproduce("a")
+
+
 def test_the_metadata_say_how_every_tensor_was_made(folder: Path) -> None:
     merge("out.safetensors")
     with open_checkpoint("out.safetensors") as checkpoint:

@@ -256,6 +256,10 @@ def test_the_same_merge_again_is_done_already(folder: Path) -> None:
     merge("out")
     assert make_plan(parse(RECIPE), out="out").done
     merge("out", progress=stop_after(1))
+    next(Path("out").glob("model-*")).unlink()
+    with pytest.raises(PlanError, match="is not empty"):
+        make_plan(parse(RECIPE), out="out")
+    run(make_plan(parse(RECIPE), out="out", overwrite=True), shard_size=SHARD)
     os.utime("b/model.safetensors", ns=(1, 1))
     with pytest.raises(PlanError, match="is not empty"):
         make_plan(parse(RECIPE), out="out")

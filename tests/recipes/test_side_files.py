@@ -56,6 +56,13 @@ def test_every_file_but_weights_is_copied_and_none_is_run(folder: Path) -> None:
     assert not Path("out/linked.txt").is_symlink()
 
 
+def test_an_output_within_the_donors_folder_is_not_copied_into_itself(folder: Path) -> None:
+    write("a/tokenizer.json")
+    merge(LINEAR, "a/merged/here")
+    found = {str(name) for name in side_files(Path("a/merged/here"))}
+    assert found == {"tokenizer.json"}
+
+
 @pytest.mark.parametrize(
     ("config", "dtype", "expected"),
     [
