@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.converters.lora.randomised_svd import Triplets, product, randomised_svd
+from jaxmerge.converters.lora.orthonormal import product
+from jaxmerge.converters.lora.randomised_svd import Triplets, randomised_svd
 from jaxmerge.methods.factorisations import svd
 
 Kind = Literal["linear", "transposed", "embedding"]

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.converters.lora.orthonormal import orthonormal, product
 from jaxmerge.methods.factorisations import svd
-
-product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Triplets(NamedTuple):
@@ -62,14 +61,14 @@ def randomised_svd(
     a = a if a.dtype == jnp.float64 else a.astype(jnp.float32)
     size = min(rank + oversampling, *a.shape)
     omega = jax.random.normal(key, (a.shape[1], size), a.dtype)
-    q = _orthonormal(product(a, omega))
-    for _ in range(iterations):
-        q = _orthonormal(product(a, _orthonormal(product(a.T, q))))
+    q, _ = orthonormal(product(a, omega))
+
+    def through(_: int, q: jax.Array) -> jax.Array:
+        rows, _ = orthonormal(product(a.T, q))
+        return orthonormal(product(a, rows))[0]
+
+    q = jax.lax.fori_loop(0, iterations, through, q)
     # The SVD of the wide matrix Q^T A, by way of a square one.
-    q_rows, r = jnp.linalg.qr(product(a.T, q))
+    q_rows, r = orthonormal(product(a.T, q))
     u, s, v = svd(r.T)
     return Triplets(product(q, u)[:, :rank], s[:rank], product(v, q_rows.T)[:rank])
-
-
-def _orthonormal(a: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(a)[0]

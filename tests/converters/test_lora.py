@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import jaxmerge as jm
 from jaxmerge.converters import CheckpointError, lora
 from jaxmerge.converters.lora import factors as factors_module
+from jaxmerge.converters.lora.orthonormal import orthonormal
 from jaxmerge.tree import Layout, TensorLayout
 
 
@@ -81,6 +82,18 @@ def test_energy_chooses_the_smallest_rank_that_holds_it(energy, reduce):
     expected = int(np.argmax(shares >= energy - 1e-6)) + 1
     assert reduce(term, energy=energy).rank == expected
     assert reduce(term, energy=energy, rank=1).rank == 1
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, np.inf])
+def test_columns_become_orthonormal_whatever_their_condition(condition):
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.normal(size=(60, 6)))[0]
+    v = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    a = (u * condition ** -np.linspace(0, 1, 6)) @ v if condition < np.inf else np.zeros((60, 6))
+    q, r = jax.jit(orthonormal)(jnp.float32(a))
+    np.testing.assert_allclose(np.float64(q).T @ np.float64(q), np.eye(6), atol=2e-5)
+    np.testing.assert_allclose(q @ r, a, atol=2e-6)
+    np.testing.assert_allclose(np.tril(r, -1), 0, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
