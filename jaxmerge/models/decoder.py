@@ -221,11 +221,11 @@ class Decoder(CausalLM):
 
     Example:
       >>> config = DecoderConfig(
-      ...     vocabulary_size=50, width=16, layers=(LayerKind(),) * 2, heads=4, key_heads=2, head_width=4, mlp_width=32
+      ...     vocabulary_size=50, width=16, layers=(LayerKind(),), heads=4, key_heads=2, head_width=4, mlp_width=32
       ... )
       >>> tokens = jnp.ones((2, 3), jnp.int32)
-      >>> params = jax.jit(Decoder(config).init)(jax.random.key(0), tokens)
-      >>> Decoder(config).apply(params, tokens).shape
+      >>> params = jax.jit(Decoder(config).init)(jax.random.key(0, impl="rbg"), tokens)
+      >>> jax.jit(Decoder(config).apply)(params, tokens).shape
       (2, 3, 50)
     """
 

@@ -67,7 +67,7 @@ def generate(
       >>> from jaxmerge.models.gpt2 import GPT2, GPT2Config
       >>> model = GPT2(GPT2Config(vocabulary_size=50, context_length=8, width=16, depth=1, heads=2, mlp_width=32))
       >>> prompts = jnp.ones((2, 3), jnp.int32)
-      >>> params = jax.jit(model.init)(jax.random.key(0), prompts)
+      >>> params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), prompts)
       >>> generate(model, params, prompts, new_tokens=4).shape
       (2, 4)
     """

@@ -141,10 +141,10 @@ class GPT2(CausalLM):
     """The causal language model of a `GPT2Config`.
 
     Example:
-      >>> config = GPT2Config(vocabulary_size=50, context_length=8, width=16, depth=2, heads=4, mlp_width=64)
+      >>> config = GPT2Config(vocabulary_size=50, context_length=8, width=16, depth=1, heads=4, mlp_width=64)
       >>> tokens = jnp.ones((2, 3), jnp.int32)
-      >>> params = jax.jit(GPT2(config).init)(jax.random.key(0), tokens)
-      >>> GPT2(config).apply(params, tokens).shape
+      >>> params = jax.jit(GPT2(config).init)(jax.random.key(0, impl="rbg"), tokens)
+      >>> jax.jit(GPT2(config).apply)(params, tokens).shape
       (2, 3, 50)
 
     Reference:
