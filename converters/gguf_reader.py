@@ -143,7 +143,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _check_types(self, stored: Mapping[str, tuple[GgufTensor, str]]) -> None:
         """Tries a block of every type: the package does not dequantise all that it knows."""
-        first = {tensor.type: (tensor, file) for tensor, file in reversed(stored.values())}
+        first = {tensor.type: (tensor, file) for tensor, file in reversed(list(stored.values()))}
         for kind in first.keys() - _PLAIN.keys():
             tensor, file = first[kind]
             block = np.zeros((1, tensor.block_bytes), np.uint8)

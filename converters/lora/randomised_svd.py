@@ -63,8 +63,8 @@ def randomised_svd(
     omega = jax.random.normal(key, (a.shape[1], size), a.dtype)
     q, _ = orthonormal(product(a, omega))
 
-    def through(_: int, q: jax.Array) -> jax.Array:
-        rows, _ = orthonormal(product(a.T, q))
+    def through(iteration: int, q: jax.Array) -> jax.Array:
+        rows = orthonormal(product(a.T, q))[0]
         return orthonormal(product(a, rows))[0]
 
     q = jax.lax.fori_loop(0, iterations, through, q)
