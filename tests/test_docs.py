@@ -15,7 +15,7 @@ import jaxmerge as jm
 from jaxmerge.cli.app import app
 from jaxmerge.converters import families
 from jaxmerge.methods import registry
-from jaxmerge.recipes import RecipeError, parse, resolve
+from jaxmerge.recipes import parse, resolve
 from jaxmerge.sweeping import import_source
 
 ROOT = Path(__file__).parents[1]
@@ -126,15 +126,6 @@ def test_the_table_of_families_has_them_all_with_their_modules() -> None:
         built = {families.get(name).config_type.__name__.removesuffix("Config") for name in names}
         named = {name.removesuffix("Net") for name in modules}
         assert built <= {*modules, *named}, names
-
-
-def test_what_the_page_on_mergekit_calls_refused_is_refused() -> None:
-    refused = [block for block in blocks(MERGEKIT_PAGE) if block.info == "yaml refused"]
-    assert refused
-    for block in refused:
-        for recipe in block.text.split("---\n"):
-            with pytest.raises(RecipeError, match="not supported yet"):
-                resolve(parse(recipe))
 
 
 def test_the_page_on_methods_gives_a_file_that_a_recipe_can_import(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jaxmerge.converters import split_key
 from jaxmerge.recipes.hub import is_hub_name, snapshot
 from jaxmerge.recipes.remote import fetch, is_remote
 
-_FIELDS = ("model", "lora", "override_architecture")
+_FIELDS = ("model", "lora")
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,29 @@ class ModelReference:
         path: a file or folder.
         key: for a checkpoint that holds its tensors deeper: the key of the nested state dict.
         revision: of a model on a hub.
-        lora: an adapter to be applied to the model (not supported yet).
+        lora: an adapter that is added to the model.
     """
 
     path: str
     key: str | None = None
     revision: str | None = None
-    lora: str | None = None
+    lora: ModelReference | None = None
 
     def __str__(self) -> str:
         marks = (("#", self.key), ("@", self.revision), ("+", self.lora))
-        return self.path + "".join(mark + text for mark, text in marks if text is not None)
+        return self.path + "".join(f"{mark}{text}" for mark, text in marks if text is not None)
+
+    @property
+    def model(self) -> ModelReference:
+        """The model without its adapter."""
+        return replace(self, lora=None)
 
     def same(self, other: ModelReference | None) -> bool:
         """Whether both name one model, however the path is spelled (`./base/` and `base`)."""
         return other is not None and self._identity() == other._identity()
 
     def locate(self, folder: Path | None = None) -> Path:
-        """Finds the checkpoint: in the working directory, beside the recipe, else on the hub.
+        """Finds the checkpoint, without its adapter: in the working directory, beside the recipe, else on the hub.
 
         A path with a scheme (gs://, s3://) is fetched. A file or folder wins over a model of that name
         on the hub.
@@ -78,8 +83,9 @@ class ModelReference:
             message += f"; {self.revision!r} would be a revision of a model on the Hugging Face hub"
         return message
 
-    def _identity(self) -> tuple[str | None, ...]:
-        return os.path.normpath(self.path), self.key, self.revision, self.lora
+    def _identity(self) -> tuple[object, ...]:
+        adapter = None if self.lora is None else self.lora._identity()
+        return os.path.normpath(self.path), self.key, self.revision, adapter
 
 
 def parse_reference(value: object) -> ModelReference:
@@ -92,20 +98,18 @@ def parse_reference(value: object) -> ModelReference:
         value: text, or `{model: {path, revision}, lora}`.
 
     Raises:
-        ValueError: on anything else, and on what is not supported yet.
+        ValueError: on anything else.
 
     >>> parse_reference("run/last.pt#model.state_dict")
     ModelReference(path='run/last.pt', key='model.state_dict', revision=None, lora=None)
     >>> parse_reference({"model": {"path": "experts/a"}}).path
     'experts/a'
+    >>> parse_reference("org/a@main+org/adapter").lora.path
+    'org/adapter'
     """
-    reference = _from_mapping(value) if isinstance(value, Mapping) else _from_text(value)
-    if reference.lora is not None:
-        raise ValueError(
-            f"adapters on the fly ({str(reference)!r}) are not supported yet: merge the adapter "
-            f"{reference.lora!r} into the model first"
-        )
-    return reference
+    if isinstance(value, ModelReference):
+        return value
+    return _from_mapping(value) if isinstance(value, Mapping) else _from_text(value)
 
 
 def nearest_name(path: Path) -> str | None:
@@ -127,20 +131,26 @@ def _from_text(value: object) -> ModelReference:
     if os.path.exists(os.path.expanduser(value)):
         return ModelReference(value)
     model, *adapter = value.split("+")
-    path, *revision = model.split("@")
+    if len(adapter) > 1:
+        raise ValueError(f"cannot read {value!r}: a model has at most one adapter")
+    reference = _without_adapter(model, value)
+    if not adapter:
+        return reference
+    if reference.key is not None:
+        raise ValueError(f"cannot read {value!r}: an adapter needs a model with a config, no file")
+    return replace(reference, lora=_without_adapter(adapter[0], value))
+
+
+def _without_adapter(text: str, whole: str) -> ModelReference:
+    path, *revision = text.split("@")
     path, key = split_key(path)
-    if len(adapter) > 1 or len(revision) > 1 or (key and (adapter or revision)):
+    if len(revision) > 1 or (key and revision):
         raise ValueError(
-            f"cannot read {value!r}: expected path, path#nested.key or path@revision+adapter"
+            f"cannot read {whole!r}: expected path, path#nested.key or path@revision+adapter"
         )
-    if not path or "" in (*adapter, *revision):
-        raise ValueError(f"cannot read {value!r}: nothing stands beside one of '#', '@', '+'")
-    return ModelReference(
-        path,
-        key,
-        revision[0] if revision else None,
-        adapter[0] if adapter else None,
-    )
+    if not path or "" in revision:
+        raise ValueError(f"cannot read {whole!r}: nothing stands beside one of '#', '@', '+'")
+    return ModelReference(path, key, revision[0] if revision else None)
 
 
 def _from_mapping(value: Mapping[str, object]) -> ModelReference:
@@ -148,18 +158,17 @@ def _from_mapping(value: Mapping[str, object]) -> ModelReference:
     if unknown or "model" not in value:
         found = f"unknown key {unknown[0]!r}" if unknown else "no key 'model'"
         raise ValueError(f"a model given as a mapping is {{model: {{path: ...}}}}; found {found}")
-    if value.get("override_architecture") is not None:
-        raise ValueError("override_architecture is not supported yet")
-    model, lora = value["model"], value.get("lora")
-    if isinstance(model, Mapping):
-        extra = [str(key) for key in model if key not in ("path", "revision")]
-        if extra or not isinstance(model.get("path"), str):
-            found = f"unknown key {extra[0]!r}" if extra else "no text under 'path'"
-            raise ValueError(f"expected {{path: ..., revision: ...}}; found {found}")
-        revision = model.get("revision")
-        reference = ModelReference(
-            str(model["path"]), revision=None if revision is None else str(revision)
-        )
-    else:
-        reference = _from_text(model)
-    return reference if lora is None else replace(reference, lora=str(lora))
+    reference = _from_path(value["model"])
+    adapter = value.get("lora")
+    return reference if adapter is None else replace(reference, lora=_from_path(adapter))
+
+
+def _from_path(value: object) -> ModelReference:
+    if not isinstance(value, Mapping):
+        return _from_text(value)
+    extra = [str(key) for key in value if key not in ("path", "revision")]
+    if extra or not isinstance(value.get("path"), str):
+        found = f"unknown key {extra[0]!r}" if extra else "no text under 'path'"
+        raise ValueError(f"expected {{path: ..., revision: ...}}; found {found}")
+    revision = value.get("revision")
+    return ModelReference(str(value["path"]), revision=None if revision is None else str(revision))

@@ -20,7 +20,8 @@ from jaxmerge.converters.byte_io import as_bytes
 from jaxmerge.recipes import side_files
 from jaxmerge.recipes.errors import PlanError, RecipeError, did_you_mean
 from jaxmerge.recipes.output import RECORD, is_file
-from jaxmerge.recipes.plan import Plan, make_plan
+from jaxmerge.recipes.plan import Plan
+from jaxmerge.recipes.planning import make_plan
 from jaxmerge.recipes.provenance import METADATA_KEY, UNKNOWN
 from jaxmerge.recipes.schema import parse
 from jaxmerge.recipes.source_files import SourceHashes, check_unchanged

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,54 +13,25 @@ from jaxmerge.recipes import source_map
 from jaxmerge.recipes.dialect import PARAMETERS
 from jaxmerge.recipes.errors import Problem, RecipeError, did_you_mean, place
 from jaxmerge.recipes.reference import ModelReference, nearest_name, parse_reference
+from jaxmerge.recipes.settings import Setting, plain_setting, read_setting
 from jaxmerge.recipes.source_map import SourceMap
 from jaxmerge.tree import nearest
 
-Setting = float | tuple[float, ...]
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 
-DTYPES = ("float32", "float16", "bfloat16")
-
-# Keys of the peer that change the result and that a later version will understand.
-_LATER = frozenset({"slices", "modules", "tokenizer_source", "tokenizer", "chat_template"})
 # Keys that recipes carry though they cannot change the merged tensors: switches of the peer's
 # command, and the precision of a temporary mask.
 _NO_EFFECT = frozenset(
     (
-        *("int8_mask", "name", "allow_crimes", "async_write", "clone_tensors", "cuda", "gpu_rich"),
-        *("lazy_unpickle", "lora_merge_cache", "low_cpu_memory", "multi_gpu", "num_threads"),
-        *("quiet", "read_to_gpu", "transformers_cache", "trust_remote_code", "verbosity"),
-        *("write_model_card", "write_threads"),
+        *("int8_mask", "allow_crimes", "async_write", "clone_tensors", "copy_tokenizer", "cuda"),
+        *("device", "gpu_rich", "lazy_unpickle", "lora_merge_cache", "low_cpu_memory"),
+        *("lora_merge_dtype", "multi_gpu", "num_threads", "out_shard_size", "quiet"),
+        *("random_seed", "read_to_gpu", "safe_serialization", "transformers_cache"),
+        *("trust_remote_code", "verbosity", "write_model_card", "write_threads"),
     )
 )
-_NO_EFFECT_PARAMETERS = frozenset({"int8_mask"})
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-def _setting(value: object) -> Setting:
-    if isinstance(value, list | tuple):
-        if not value:
-            raise ValueError("the list is empty")
-        return tuple(_number(item) for item in value)
-    return _number(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, Mapping) and "value" in value:
-        raise ValueError("values chosen by `filter` are not supported yet")
-    # YAML 1.1 reads 1e-5 (no point) as text.
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, list | tuple):
-        raise ValueError("a list within a list")
-    if not isinstance(value, bool | int | float):
-        raise ValueError("no value is given" if value is None else f"{value!r} is not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
-    return number
+_NO_EFFECT_PARAMETERS = frozenset({"int8_mask", "embed_slerp"})
 
 
 def _dtype(value: object) -> str:
@@ -78,37 +47,133 @@ def _some(value: object) -> object:
     return value
 
 
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or set(value) & set("/\\") or value == "..":
+        raise ValueError(f"a merge's name is that of a folder, without slashes; found {value!r}")
+    return value
+
+
+def _layer_range(value: object) -> tuple[int, int]:
+    wanted = "expected [first, end], two whole numbers, the end not counted"
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{wanted}; found {value!r}")
+    first, end = (int(v) if isinstance(v, str) and v.strip().isdigit() else v for v in value)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in (first, end)):
+        raise ValueError(f"{wanted}; found {value!r}")
+    if first < 0 or end < first:
+        raise ValueError(f"0 <= first <= end must hold; found [{first}, {end}]")
+    return first, end
+
+
+def _tokenizer_source(value: object) -> str | ModelReference:
+    if isinstance(value, str) and value in ("union", "base"):
+        return value
+    return parse_reference(value)
+
+
+def _chat_template(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a name or a Jinja template, found {_kind(value)}")
+    if "{" not in value and value != "auto" and value not in CHAT_TEMPLATES:
+        raise ValueError(
+            f"{value!r} is no Jinja template{did_you_mean(value, ('auto', *CHAT_TEMPLATES))}"
+        )
+    return value
+
+
+def _token_source(value: object) -> object:
+    """A model's name alone takes the token from there."""
+    if value is None or (isinstance(value, Mapping) and "kind" in value):
+        return value
+    return {"kind": "model", "model": value}
+
+
 _Reference = Annotated[ModelReference, BeforeValidator(parse_reference)]
-_Parameters = dict[str, Annotated[Setting, BeforeValidator(_setting)]]
+_Parameters = dict[str, Annotated[Setting, BeforeValidator(read_setting)]]
 _Dtype = Annotated[str, BeforeValidator(_dtype)]
 
 
-class Source(BaseModel):
-    """One model of a recipe, with what is set for it alone."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Source(_Part):
+    """One model of a recipe, with what is set for it alone."""
 
     model: _Reference
     parameters: _Parameters = Field(default_factory=dict)
 
 
-class Recipe(BaseModel):
+class SliceSource(_Part):
+    """Successive layers of one model: those from the first to before the end of the range."""
+
+    model: _Reference
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_layer_range)]
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class OutputSlice(_Part):
+    """Successive layers of the output, merged from as many of each source."""
+
+    sources: Annotated[tuple[SliceSource, ...], BeforeValidator(_some)]
+    base_model: _Reference | None = None
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class Module(_Part):
+    """A part of the model with layers of its own, such as an encoder."""
+
+    models: Annotated[tuple[Source, ...], BeforeValidator(_some)] = ()
+    slices: Annotated[tuple[OutputSlice, ...], BeforeValidator(_some)] = ()
+    parameters: _Parameters = Field(default_factory=dict)
+
+
+class TokenSource(_Part):
+    """Where a token's embedding comes from: zeros, the same token of a model, or another one."""
+
+    kind: Literal["zero", "model", "model_token"]
+    model: _Reference | None = None
+    token: str | None = None
+    token_id: int | None = None
+
+
+class Token(_Part):
+    """What is set for one token: where its embedding comes from, also where a model has one."""
+
+    source: Annotated[TokenSource | None, BeforeValidator(_token_source)] = None
+    force: bool = False
+
+
+class Tokenizer(_Part):
+    """The output's tokenizer: of all models together, of the base, or of one model."""
+
+    source: Annotated[str | ModelReference, BeforeValidator(_tokenizer_source)] = "union"
+    tokens: dict[str, Token] = Field(default_factory=dict)
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
+
+
+class Recipe(_Part):
     """A merge as written, before names are looked up.
 
-    Numbers are finite floats (a flag is 0.0 or 1.0); lists are tuples. `jaxmerge.recipes.resolve`
-    says what they mean.
+    Exactly one of `models`, `slices` and `modules` is not empty. Numbers are finite floats (a flag
+    is 0.0 or 1.0); lists are tuples. `tokenizer_source: X` is read as `tokenizer: {source: X}`.
+    `jaxmerge.recipes.resolve` says what they mean.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
+    name: Annotated[str, BeforeValidator(_name)] | None = None
     dialect: Literal["mergekit", "jaxmerge"] = "mergekit"
     merge_method: str
     base_model: _Reference | None = None
-    models: Annotated[tuple[Source, ...], BeforeValidator(_some)]
+    models: Annotated[tuple[Source, ...], BeforeValidator(_some)] = ()
+    slices: Annotated[tuple[OutputSlice, ...], BeforeValidator(_some)] = ()
+    modules: Annotated[dict[str, Module], BeforeValidator(_some)] = Field(default_factory=dict)
     parameters: _Parameters = Field(default_factory=dict)
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    tensors: Literal["same", "union", "intersection"] = "same"
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str, BeforeValidator(_chat_template)] | None = None
 
     _source: SourceMap = PrivateAttr(default_factory=lambda: SourceMap("<recipe>", {}))
     _folder: Path | None = PrivateAttr(default=None)
@@ -152,25 +217,33 @@ def parse(text: str, *, filename: str = "<recipe>") -> Recipe:
     ...
     jaxmerge.recipes.errors.RecipeError: soup.yaml:1: unknown key 'merge_methd'; did you mean ...
     """
-    data, source = source_map.load(text, filename=filename)
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"a recipe is a mapping, found {_kind(data)}", filename=filename, line=source.line(())
-        )
-    problems: list[Problem] = []
-    notes: list[str] = []
-    kept = _without_extras(data, source, problems, notes)
-    try:
-        recipe = Recipe.model_validate(kept)
-    except ValidationError as error:
-        problems += _problems(error, source)
-    if "slices" in data or "modules" in data:
-        problems = [problem for problem in problems if problem.message != "`models` is missing"]
+    recipe, problems = _parsed(*source_map.load(text, filename=filename))
     if problems:
         raise RecipeError(problems, filename=filename)
-    recipe._source = source
-    recipe._notes = tuple(notes)
+    assert recipe is not None
     return recipe
+
+
+def parse_all(text: str, *, filename: str = "<recipe>") -> tuple[Recipe, ...]:
+    """Parses every document of a text, merges that may use each other by their `name`.
+
+    Args:
+        text: YAML documents, with `---` between them.
+        filename: the name to show in errors.
+
+    Raises:
+        RecipeError: with every problem of the form, each at its line.
+
+    >>> text = "name: x\\nmerge_method: linear\\nmodels: [{model: a}]\\n---\\n" \\
+    ...        "merge_method: linear\\nmodels: [{model: x}]\\n"
+    >>> [recipe.name for recipe in parse_all(text)]
+    ['x', None]
+    """
+    parsed = [_parsed(*document) for document in source_map.load_all(text, filename=filename)]
+    problems = [problem for _, found in parsed for problem in found]
+    if problems:
+        raise RecipeError(problems, filename=filename)
+    return tuple(recipe for recipe, _ in parsed if recipe is not None)
 
 
 def read(path: str | Path) -> Recipe:
@@ -180,19 +253,17 @@ def read(path: str | Path) -> Recipe:
         RecipeError: as `parse`, and where the file cannot be read.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest_name(path)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise RecipeError(f"no such file{hint}", filename=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"not UTF-8 text ({error.reason})", filename=str(path)) from None
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", filename=str(path)) from None
-    recipe = parse(text, filename=str(path))
-    recipe._folder = path.absolute().parent
-    return recipe
+    return _beside(parse(_text(path), filename=str(path)), path)
+
+
+def read_all(path: str | Path) -> tuple[Recipe, ...]:
+    """Reads every recipe of a file.
+
+    Raises:
+        RecipeError: as `parse_all`, and where the file cannot be read.
+    """
+    path = Path(path)
+    return tuple(_beside(one, path) for one in parse_all(_text(path), filename=str(path)))
 
 
 def dump(recipe: Recipe) -> str:
@@ -207,106 +278,192 @@ def dump(recipe: Recipe) -> str:
     parameters:
       t: 0.25
     """
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _plain(part: BaseModel) -> dict[str, Any]:
+    """What is set in a part, as YAML holds it; defaults are left out."""
     data: dict[str, Any] = {}
-    if recipe.dialect != "mergekit":
-        data["dialect"] = recipe.dialect
-    data["merge_method"] = recipe.merge_method
-    if recipe.base_model is not None:
-        data["base_model"] = str(recipe.base_model)
-    data["models"] = [
-        {"model": str(source.model)}
-        | ({"parameters": _plain(source.parameters)} if source.parameters else {})
-        for source in recipe.models
-    ]
-    data["parameters"] = _plain(recipe.parameters)
-    data["options"] = dict(recipe.options)
-    data |= {"dtype": recipe.dtype, "out_dtype": recipe.out_dtype}
-    kept = {key: value for key, value in data.items() if value not in (None, {})}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if value == field.get_default(call_default_factory=True) and not field.is_required():
+            continue
+        if name == "parameters":
+            data[name] = {key: plain_setting(setting) for key, setting in value.items()}
+        else:
+            data[name] = _plain_value(value)
+    return data
 
 
-def _plain(parameters: Mapping[str, Setting]) -> dict[str, float | list[float]]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in parameters.items()
-    }
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _plain(value)
+    if isinstance(value, ModelReference):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain_value(item) for key, item in value.items()}
+    return value
 
 
-def _without_extras(
-    data: dict[str, Any], source: SourceMap, problems: list[Problem], notes: list[str]
-) -> dict[str, Any]:
-    """Takes out what is empty, without effect, or of a later version, and says so."""
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest_name(path)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise RecipeError(f"no such file{hint}", filename=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not UTF-8 text ({error.reason})", filename=str(path)) from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", filename=str(path)) from None
+
+
+def _beside(recipe: Recipe, path: Path) -> Recipe:
+    recipe._folder = path.absolute().parent
+    return recipe
+
+
+def _parsed(data: object, source: SourceMap) -> tuple[Recipe | None, list[Problem]]:
+    if not isinstance(data, dict):
+        return None, [Problem(source.line(()), f"a recipe is a mapping, found {_kind(data)}")]
+    problems: list[Problem] = []
+    notes: list[str] = []
+    kept = _effective(data, (), source, notes)
+    _put_together_tokenizer(kept, source, problems)
+    try:
+        recipe = Recipe.model_validate(kept)
+    except ValidationError as error:
+        return None, [*problems, *_problems(error, source), *_structure_problems(kept, source)]
+    problems += _structure_problems(kept, source)
+    recipe._source = source
+    recipe._notes = tuple(notes)
+    return recipe, problems
+
+
+def _effective(data: Any, path: source_map.Path, source: SourceMap, notes: list[str]) -> Any:
+    """Takes out what is empty or without effect, and says so."""
+    if isinstance(data, list):
+        return [_effective(item, (*path, i), source, notes) for i, item in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    idle = _idle_keys(path)
     kept: dict[str, Any] = {}
     for key, value in data.items():
-        if key in _LATER:
-            if value is not None:
-                problems.append(Problem(source.line((key,)), f"`{key}` is not supported yet"))
-        elif key in _NO_EFFECT:
-            notes.append(_no_effect(key, (key,), source))
-        elif value is not None:
+        where = (*path, key)
+        if key in idle:
+            notes.append(
+                place(source.filename, source.line(where), f"`{key}` has no effect on the result")
+            )
+        elif path[-1:] == ("parameters",) or key == "options":
             kept[key] = value
-    if "parameters" in kept:
-        kept["parameters"] = _effective(kept["parameters"], ("parameters",), source, notes)
-    if isinstance(kept.get("models"), list):
-        kept["models"] = [
-            _effective_source(item, ("models", i), source, notes)
-            for i, item in enumerate(kept["models"])
-        ]
+        elif value is not None or key in ("model", "layer_range"):
+            kept[key] = _effective(value, where, source, notes)
     return kept
 
 
-def _effective_source(
-    item: object, path: source_map.Path, source: SourceMap, notes: list[str]
-) -> object:
-    if not isinstance(item, dict):
-        return item
-    kept = {key: value for key, value in item.items() if (key, value) != ("parameters", None)}
-    if "parameters" in kept:
-        kept["parameters"] = _effective(kept["parameters"], (*path, "parameters"), source, notes)
-    return kept
+def _idle_keys(path: source_map.Path) -> frozenset[str]:
+    if not path:
+        return _NO_EFFECT
+    if path[-1] == "parameters":
+        return _NO_EFFECT_PARAMETERS
+    if path[-1] in ("model", "base_model"):
+        return frozenset({"override_architecture"})
+    return frozenset({"residual_weight"}) if path[-2:-1] == ("slices",) else frozenset()
 
 
-def _effective(
-    parameters: object, path: source_map.Path, source: SourceMap, notes: list[str]
-) -> object:
-    if not isinstance(parameters, dict):
-        return parameters
-    for key in _NO_EFFECT_PARAMETERS & parameters.keys():
-        notes.append(_no_effect(key, (*path, key), source))
-    return {key: value for key, value in parameters.items() if key not in _NO_EFFECT_PARAMETERS}
+def _put_together_tokenizer(
+    kept: dict[str, Any], source: SourceMap, problems: list[Problem]
+) -> None:
+    """`tokenizer_source: X` is short for `tokenizer: {source: X}`."""
+    if "tokenizer_source" not in kept:
+        return
+    chosen = kept.pop("tokenizer_source")
+    line = source.line(("tokenizer_source",))
+    if "tokenizer" in kept:
+        problems.append(Problem(line, "give `tokenizer_source` or `tokenizer`, not both"))
+        return
+    kept["tokenizer"] = {"source": chosen}
+    source.lines[("tokenizer",)] = source.lines[("tokenizer", "source")] = line or 1
 
 
-def _no_effect(key: str, path: source_map.Path, source: SourceMap) -> str:
-    return place(source.filename, source.line(path), f"`{key}` has no effect on the result")
+def _structure_problems(kept: dict[str, Any], source: SourceMap) -> Iterator[Problem]:
+    """What no single key tells: that one of several keys is needed, and no more."""
+    given = [key for key in _BODIES if key in kept]
+    if not given and not any(nearest(str(key), _BODIES) for key in kept.keys() - _KNOWN):
+        yield Problem(source.line(()), "`models` is missing (or `slices`, or `modules`)")
+    for key in given[1:]:
+        yield Problem(
+            source.line((key,)),
+            f"exactly one of {', '.join(f'`{body}`' for body in _BODIES)} is given; "
+            f"found `{given[0]}` and `{key}`",
+        )
+    modules = kept.get("modules")
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        if isinstance(module, dict) and ("models" in module) == ("slices" in module):
+            text = f"`modules.{name}` needs either `models` or `slices`"
+            yield Problem(source.line(("modules", name)), text)
+    tokenizer = kept.get("tokenizer")
+    tokens = tokenizer.get("tokens") if isinstance(tokenizer, dict) else None
+    for token, settings in tokens.items() if isinstance(tokens, dict) else ():
+        chosen = settings.get("source") if isinstance(settings, dict) else None
+        if isinstance(chosen, dict) and "kind" in chosen:
+            yield from _token_problems(chosen, ("tokenizer", "tokens", token, "source"), source)
+
+
+def _token_problems(
+    chosen: dict[str, Any], path: source_map.Path, source: SourceMap
+) -> Iterator[Problem]:
+    given = {key for key in ("model", "token", "token_id") if key in chosen}
+    wanted = {"zero": "nothing else", "model": "`model`"}.get(
+        str(chosen["kind"]), "`model` and one of `token` and `token_id`"
+    )
+    fits = {
+        "zero": not given,
+        "model": given == {"model"},
+        "model_token": "model" in given and len(given) == 2,
+    }
+    if not fits.get(str(chosen["kind"]), True):
+        yield Problem(
+            source.line(path), f"{_dotted(path)}: `kind: {chosen['kind']}` takes {wanted}"
+        )
 
 
 def _problems(error: ValidationError, source: SourceMap) -> Iterator[Problem]:
-    items = error.errors()
+    items = [(_place(item["loc"], source), item) for item in error.errors()]
     misspelt = [
-        (item["loc"][:-1], _unknown_key(str(item["loc"][-1]), "models" in item["loc"]))
-        for item in items
-        if item["type"] == "extra_forbidden"
+        (loc[:-1], _unknown_key(loc)) for loc, item in items if item["type"] == "extra_forbidden"
     ]
     seen: set[Problem] = set()
-    for item in items:
-        loc = item["loc"]
+    for loc, item in items:
         meant = f"did you mean {str(loc[-1])!r}"
         if item["type"] == "missing" and any(
             parent == loc[:-1] and meant in message for parent, message in misspelt
         ):
             continue
-        problem = Problem(source.line(loc), _message(item["type"], loc, item))
+        problem = Problem(source.line(loc), _message(loc, item))
         if problem not in seen:
             seen.add(problem)
             yield problem
 
 
-def _message(kind: str, loc: tuple[str | int, ...], item: Mapping[str, Any]) -> str:
-    if kind == "extra_forbidden":
-        return _unknown_key(str(loc[-1]), "models" in loc)
+def _place(loc: tuple[str | int, ...], source: SourceMap) -> source_map.Path:
+    """The part of pydantic's location that stands in the file, and a key that is missing there."""
+    depth = len(loc)
     # A union's branches (bool, int, ...) are part of pydantic's location but not of the file.
-    depth = 4 if loc[0] == "models" else 2
-    where = _dotted(loc[:depth])
+    while depth and loc[:depth] not in source.lines and loc[: depth - 1] not in source.lines:
+        depth -= 1
+    if depth and loc[:depth] not in source.lines and loc[depth - 1] in _BRANCHES:
+        depth -= 1
+    return loc[:depth]
+
+
+def _message(loc: source_map.Path, item: Mapping[str, Any]) -> str:
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(loc)
+    where = _dotted(loc)
     if kind == "missing":
         return f"{where} is missing"
     if loc[0] == "options":
@@ -314,28 +471,71 @@ def _message(kind: str, loc: tuple[str | int, ...], item: Mapping[str, Any]) -> 
     if kind == "value_error":
         return f"{where}: {item['ctx']['error']}"
     if kind == "literal_error":
-        hint = nearest(str(item["input"]), ("mergekit", "jaxmerge"))
+        valid = _LITERALS.get(str(loc[-1]), ())
+        hint = nearest(str(item["input"]), valid)
         return f"{where}: expected {item['ctx']['expected']}, found {item['input']!r}{hint}"
     expected = {
         "string_type": "text",
         "dict_type": "a mapping of names to values",
         "tuple_type": "a list",
-        "model_type": "a mapping with the key `model`",
+        "model_type": f"a mapping with {_keys_of(loc)}",
+        "int_type": "a whole number",
+        "int_parsing": "a whole number",
+        "int_from_float": "a whole number",
+        "greater_than": "a number above 0",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
     }
     found = _kind(item["input"])
     return f"{where}: expected {expected.get(kind, item['msg'])}, found {found}"
 
 
-def _unknown_key(key: str, in_model: bool) -> str:
-    valid = [*(Source if in_model else Recipe).model_fields]
-    if key in PARAMETERS:
+_BODIES = ("models", "slices", "modules")
+_KNOWN = frozenset({*Recipe.model_fields, "tokenizer_source"})
+_BRANCHES = frozenset({"bool", "int", "float", "str", "constrained-int"})
+_LITERALS: Mapping[str, tuple[str, ...]] = {
+    "dialect": ("mergekit", "jaxmerge"),
+    "tensors": ("same", "union", "intersection"),
+    "kind": ("zero", "model", "model_token"),
+}
+
+
+def _part_at(loc: source_map.Path) -> type[BaseModel]:
+    """The kind of mapping that stands at a place."""
+    parts: Mapping[str, type[BaseModel]] = {
+        "models": Source,
+        "slices": OutputSlice,
+        "sources": SliceSource,
+        "modules": Module,
+        "tokens": Token,
+    }
+    for i in range(len(loc) - 1, -1, -1):
+        if loc[i] == "tokenizer":
+            return Tokenizer
+        if loc[i] in parts and i == len(loc) - 2:
+            return parts[str(loc[i])]
+        if loc[i] == "source" and i == len(loc) - 1 and "tokens" in loc:
+            return TokenSource
+    return Recipe
+
+
+def _keys_of(loc: source_map.Path) -> str:
+    part = _part_at(loc)
+    needed = [key for key, field in part.model_fields.items() if field.is_required()]
+    keys = needed or list(part.model_fields)
+    return f"the key{'s' * (len(keys) > 1)} " + ", ".join(f"`{key}`" for key in keys)
+
+
+def _unknown_key(loc: source_map.Path) -> str:
+    key = str(loc[-1])
+    part = _part_at(loc[:-1])
+    if key in PARAMETERS and "parameters" in part.model_fields:
         return f"unknown key {key!r} here; it belongs under `parameters`"
-    if not in_model:
-        valid += _LATER
+    valid = _KNOWN if part is Recipe else part.model_fields
     return f"unknown key {key!r}{did_you_mean(key, valid)}"
 
 
-def _dotted(loc: tuple[str | int, ...]) -> str:
+def _dotted(loc: source_map.Path) -> str:
     """Returns `models[0].parameters.weight` for the location of a value."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     return f"`{text.removeprefix('.')}`"

@@ -13,6 +13,7 @@ from jaxmerge.converters import side_files as converters
 from jaxmerge.recipes.model_card import CARD, SECOND_CARD
 from jaxmerge.recipes.output import RECORD, is_journal
 from jaxmerge.recipes.plan import Plan
+from jaxmerge.recipes.tokenizers import FILES
 
 CONFIG = "config.json"
 # Written anew by every merge.
@@ -24,8 +25,9 @@ def write_side_files(plan: Plan, target: Path) -> None:
 
     Every file of the donor's folder, nested ones too, that is not weights is copied. Code is data: it
     is copied, and never run. Links to files are followed, as the files of a hub's cache are links;
-    links to folders are not. `config.json` gets the output's dtype. A GGUF file, which has no folder of
-    its own, says itself what `config.json` and the tokenizer are.
+    links to folders are not. A GGUF file, which has no folder of its own, says itself what `config.json`
+    and the tokenizer are. Where the plan has a config, or files of a tokenizer, they take the places of
+    the donor's. `config.json` gets the output's dtype.
 
     Args:
         plan: whose first source is the donor.
@@ -33,16 +35,26 @@ def write_side_files(plan: Plan, target: Path) -> None:
     """
     source = plan.sources[0]
     donor = source.path
+    tokenizer = plan.tokenizer_files
     # An output within the donor's folder is not copied into itself.
     inside = target.resolve()
     for name in side_files(donor):
         if inside in (donor / name).resolve().parents:
+            continue
+        if tokenizer is not None and str(name) in FILES:
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(donor / name, target / name)
     if source.format == "gguf":
         with open_checkpoint(donor) as checkpoint:
             converters.write_described_files(checkpoint, target)
+    if tokenizer is not None:
+        for given, path in tokenizer.copied.items():
+            shutil.copyfile(path, target / given)
+        for given, text in tokenizer.written.items():
+            (target / given).write_text(text, encoding="utf-8", newline="")
+    if plan.config is not None:
+        converters.write_json(target / CONFIG, plan.config)
     _write_dtype(plan, target)
 
 

@@ -53,27 +53,50 @@ def load(text: str, *, filename: str = "<recipe>") -> tuple[object, SourceMap]:
         The data (dicts, lists, str, int, float, bool, None) and the lines of its parts.
 
     Raises:
-        RecipeError: at the line of whatever is wrong.
+        RecipeError: at the line of whatever is wrong; where a second document starts, too.
 
     >>> data, source = load("models:\\n- model: a\\n")
     >>> data, source.line(("models", 0, "model"))
     ({'models': [{'model': 'a'}]}, 2)
     """
+    documents = load_all(text, filename=filename)
+    if len(documents) > 1:
+        raise RecipeError(
+            "a second document starts here, where one recipe is expected",
+            filename=filename,
+            line=documents[1][1].line(()),
+        )
+    return documents[0]
+
+
+def load_all(text: str, *, filename: str = "<recipe>") -> list[tuple[object, SourceMap]]:
+    """Reads every YAML document of a text, each as `load` reads one.
+
+    >>> [data for data, _ in load_all("a: 1\\n---\\nb: 2\\n")]
+    [{'a': 1}, {'b': 2}]
+    """
     if len(text) > _MAX_CHARACTERS:
         raise RecipeError(
             f"{len(text)} characters: a recipe has at most {_MAX_CHARACTERS}", filename=filename
         )
-    builder = _Builder(filename)
-    data = builder.build(_compose(text, filename), (), ())
-    return data, SourceMap(filename, builder.lines)
+    count = 0
+    documents: list[tuple[object, SourceMap]] = []
+    for node in _compose(text, filename):
+        builder = _Builder(filename, count)
+        documents.append((builder.build(node, (), ()), SourceMap(filename, builder.lines)))
+        count = builder.count
+    return documents
 
 
-def _compose(text: str, filename: str) -> yaml.Node:
+def _compose(text: str, filename: str) -> list[yaml.Node]:
+    nodes: list[yaml.Node] = []
     try:
         loader = yaml.SafeLoader(text)
         try:
-            node = loader.get_node() if loader.check_node() else None
-            another = loader.get_node() if loader.check_node() else None
+            while loader.check_node():
+                node = loader.get_node()
+                assert node is not None
+                nodes.append(node)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -87,27 +110,23 @@ def _compose(text: str, filename: str) -> yaml.Node:
         raise RecipeError(message, filename=filename, line=line) from None
     except RecursionError:
         raise RecipeError("nested too deeply", filename=filename) from None
-    if node is None:
+    # `---` before the first document or after the last one leaves an empty one.
+    nodes = [node for node in nodes if node.tag != _TAG + "null"]
+    if not nodes:
         raise RecipeError("the recipe is empty", filename=filename)
-    if another is not None:
-        raise RecipeError(
-            "a second document starts here: several merges in one file are not supported yet",
-            filename=filename,
-            line=another.start_mark.line + 1,
-        )
-    return node
+    return nodes
 
 
 class _Builder:
-    def __init__(self, filename: str) -> None:
+    def __init__(self, filename: str, count: int = 0) -> None:
         self.filename = filename
         self.lines: dict[Path, int] = {}
+        self.count = count
         self._construct = yaml.constructor.SafeConstructor()
-        self._count = 0
 
     def build(self, node: yaml.Node, path: Path, above: tuple[int, ...]) -> object:
-        self._count += 1
-        if self._count > _MAX_NODES:
+        self.count += 1
+        if self.count > _MAX_NODES:
             raise self._error(node, f"more than {_MAX_NODES} values once aliases are followed")
         if id(node) in above:
             raise self._error(node, "an alias contains itself")

@@ -127,22 +127,46 @@ BROKEN = [
         3,
         "unknown dtype 'int64'",
     ),
-    broken("slices", "merge_method: linear\nslices: [{}]\n", 2, "`slices` is not supported yet"),
+    broken("slices", "merge_method: linear\nslices: [{}]\n", 2, "`slices[0].sources` is missing"),
     broken(
-        "modules", "merge_method: linear\nmodules: {a: b}\n", 2, "`modules` is not supported yet"
+        "modules", "merge_method: linear\nmodules: {a: b}\n", 2, "expected a mapping", "found text"
     ),
     broken(
-        "tokenizer", f"merge_method: linear\n{TWO}tokenizer_source: union\n", 3, "not supported yet"
-    ),
-    broken(
-        "chat template", f"merge_method: linear\n{TWO}chat_template: auto\n", 3, "not supported yet"
-    ),
-    broken(
-        "adapter",
-        "merge_method: linear\nmodels:\n- model: a+b\n",
+        "models and slices",
+        f"merge_method: linear\n{TWO}slices: [{{sources: [{{model: a, layer_range: [0, 1]}}]}}]\n",
         3,
-        "adapters",
-        "not supported yet",
+        "exactly one of `models`, `slices`, `modules`",
+    ),
+    broken(
+        "two tokenizers",
+        f"merge_method: linear\n{TWO}tokenizer_source: union\ntokenizer: {{source: base}}\n",
+        3,
+        "not both",
+    ),
+    broken(
+        "tokenizer misspelt",
+        f"merge_method: linear\n{TWO}tokenizer:\n  sorce: base\n",
+        4,
+        "did you mean 'source'?",
+    ),
+    broken(
+        "half a token",
+        f"merge_method: linear\n{TWO}tokenizer:\n  tokens:\n"
+        "    x: {source: {kind: model_token, model: a}}\n",
+        5,
+        "takes `model` and one of `token` and `token_id`",
+    ),
+    broken(
+        "chat template",
+        f"merge_method: linear\n{TWO}chat_template: chatmll\n",
+        3,
+        "did you mean 'chatml'?",
+    ),
+    broken(
+        "two adapters",
+        "merge_method: linear\nmodels:\n- model: a+b+c\n",
+        3,
+        "at most one adapter",
     ),
     broken(
         "filter",
@@ -151,23 +175,23 @@ BROKEN = [
         {TWO.strip()}
         parameters:
           weight:
-          - {{filter: mlp, value: 1}}
+          - {{filtr: mlp, value: 1}}
           - value: 2
         """,
         4,
-        "`parameters.weight`: values chosen by `filter` are not supported yet",
+        "`parameters.weight`: unknown key 'filtr'",
     ),
     broken(
         "gradient",
-        f"merge_method: linear\n{TWO}parameters:\n  weight: [0, 1]\n",
+        f"merge_method: linear\n{TWO}parameters:\n  weight: [0, one]\n",
         4,
-        "gradient over layers, which is not supported yet",
+        "'one' is not a number",
     ),
     broken(
         "gradient of a model",
-        "merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: [0, 1]\n",
+        "merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: []\n",
         5,
-        "gradient over layers",
+        "the list is empty",
     ),
     broken(
         "unknown parameter",
@@ -370,7 +394,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines() -> None:
     text = "merge_method: linear\nmodels:\n- modle: a\n- model: 3\ndtype: f8\nslices: [1]\n"
     with pytest.raises(RecipeError) as caught:
         parse(text)
-    assert [problem.line for problem in caught.value.problems] == [3, 4, 5, 6]
+    assert [problem.line for problem in caught.value.problems] == [3, 4, 5, 6, 6]
 
 
 def test_keys_without_effect_are_noted() -> None:
@@ -454,11 +478,11 @@ def test_reference_forms(value: object, expected: ModelReference) -> None:
         ("a@b@c", "cannot read 'a@b@c'"),
         ("a+", "nothing stands beside"),
         ("a#", "expected a key"),
-        ("a+lora", "the adapter 'lora'"),
-        ({"model": "a", "lora": {"path": "b"}}, "adapters on the fly"),
+        ("a+b+c", "at most one adapter"),
+        ({"model": "a", "lora": {"pth": "b"}}, "unknown key 'pth'"),
         ({"path": "a"}, "unknown key 'path'"),
         ({"model": {"file": "a"}}, "unknown key 'file'"),
-        ({"model": "a", "override_architecture": "x"}, "not supported yet"),
+        ({"model": "a", "override_architecture": "x"}, "unknown key 'override_architecture'"),
     ],
 )
 def test_unreadable_references(value: object, fragment: str) -> None:
