@@ -64,7 +64,7 @@ def _samples(array: jax.Array, site: Site) -> jax.Array:
     rest = [i for i in range(len(loops), array.ndim) if i not in units]
     placed = jnp.transpose(array, [*front, *rest, *units])
     count = math.prod(site.shape[axis] for axis in site.units)
-    return placed.reshape(*loops, -1, count).astype(jnp.float32)
+    return placed.reshape(*loops, -1, count).astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _run(

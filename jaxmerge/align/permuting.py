@@ -249,7 +249,7 @@ def _coordinates_on(
 
 
 def _coordinates(spec: PermutationSpec, segment: Segment) -> tuple[np.ndarray, ...]:
-    sizes = [_size(spec, factor) for factor in segment]
+    sizes = [spec.size(factor) for factor in segment]
     return np.unravel_index(np.arange(math.prod(sizes)), sizes)
 
 
@@ -268,7 +268,7 @@ def _segment_index(
     index: Any = jnp.zeros((1,) * above + (_length(spec, segment),), jnp.int32)
     stride = _length(spec, segment)
     for factor, own in zip(segment, _coordinates(spec, segment), strict=True):
-        stride //= _size(spec, factor)
+        stride //= spec.size(factor)
         source: Any = own.reshape((1,) * above + (-1,)).astype(np.int32)
         if isinstance(factor, str) and not spec.node(factor).fixed:
             at = [{**where, **inside}[name] for name in (*spec.node(factor).parents, factor)]
@@ -291,11 +291,5 @@ def _taken(
     return tuple(sources(spec, name, permutations, at) for name in (*node.parents, node.name))
 
 
-def _size(spec: PermutationSpec, factor: str | int) -> int:
-    size = spec.node(factor).size if isinstance(factor, str) else factor
-    assert size is not None
-    return size
-
-
 def _length(spec: PermutationSpec, segment: Segment) -> int:
-    return functools.reduce(lambda n, factor: n * _size(spec, factor), segment, 1)
+    return functools.reduce(lambda n, factor: n * spec.size(factor), segment, 1)

@@ -110,14 +110,16 @@ class PermutationSpec:
         """The nodes that are permuted."""
         return tuple(node for node in self.nodes if not node.fixed)
 
+    def size(self, factor: Factor) -> int:
+        """How many units a node has, or what a factor that does not move counts."""
+        size = self.node(factor).size if isinstance(factor, str) else factor
+        if size is None:
+            raise ValueError(f"node {factor!r} has no size yet: give the spec parameters first")
+        return size
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's permutation: its parents' sizes, then its own."""
-        node = self.node(name)
-        sizes = [*(self.node(parent).size for parent in node.parents), node.size]
-        unknown = [n for n, size in zip((*node.parents, name), sizes, strict=True) if size is None]
-        if unknown:
-            raise ValueError(f"node {unknown[0]!r} has no size yet: give the spec parameters first")
-        return tuple(size for size in sizes if size is not None)
+        return tuple(map(self.size, (*self.node(name).parents, name)))
 
     def children(self, name: str) -> tuple[Node, ...]:
         """The nodes that are permuted separately within each unit of this one."""

@@ -100,6 +100,5 @@ def _chain(spec: PermutationSpec, node: Node) -> Chain:
 
 def _named(spec: PermutationSpec, segment: Segment) -> tuple[tuple[str | None, int], ...]:
     return tuple(
-        (factor, spec.node(factor).size or 0) if isinstance(factor, str) else (None, factor)
-        for factor in segment
+        (factor if isinstance(factor, str) else None, spec.size(factor)) for factor in segment
     )

@@ -63,17 +63,6 @@ def rows(
         yield _unit_rows(spec, place, binding.axes, leaf, order)
 
 
-def standardised(stack: jax.Array) -> jax.Array:
-    """Rows made so that their products are Pearson correlations.
-
-    Args:
-      stack: [..., units, features].
-    """
-    centred = stack - jnp.mean(stack, axis=-1, keepdims=True)
-    norm = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True))
-    return centred / jnp.maximum(norm, 1e-7)
-
-
 def _around(spec: PermutationSpec, chain: Chain, permutations: Permutations) -> Permutations:
     """Permutations of everything but a node and those that it is within.
 
@@ -114,7 +103,7 @@ def _unit_rows(
     """[sizes of `order`..., features] of one place."""
     own = axes[place.axis]
     assert own is not None
-    lengths = [math.prod(_size(spec, f) for f in segment) for segment in own.segments]
+    lengths = [math.prod(spec.size(f) for f in segment) for segment in own.segments]
     start = sum(lengths[: place.segment])
     leaf = jax.lax.slice_in_dim(leaf, start, start + lengths[place.segment], axis=place.axis)
     shape: list[int] = []
@@ -130,7 +119,7 @@ def _unit_rows(
             names.append(None)
             continue
         for factor in segment:
-            shape.append(_size(spec, factor))
+            shape.append(spec.size(factor))
             wanted = factor in order and (i == place.axis or factor != order[-1])
             names.append(factor if wanted and isinstance(factor, str) else None)
     leaf = leaf.reshape(shape)
@@ -143,9 +132,3 @@ def _unit_rows(
 def chain_free(segment: Sequence[str | int], parents: Sequence[str]) -> bool:
     """Whether none of the parents stands in a segment."""
     return not any(factor in parents for factor in segment)
-
-
-def _size(spec: PermutationSpec, factor: str | int) -> int:
-    size = spec.node(factor).size if isinstance(factor, str) else factor
-    assert size is not None
-    return size

@@ -30,6 +30,10 @@ class _State(NamedTuple):
     row_of: jax.Array
 
 
+# Where each way back has come to, and the columns of rows and rows of columns given so far.
+_Ways = tuple[jax.Array, jax.Array, jax.Array]
+
+
 class _Forest(NamedTuple):
     """Shortest ways from the rows without a column, each column in the tree of one of them.
 
@@ -134,10 +138,10 @@ def _give(state: _State, forest: _Forest, ends: jax.Array) -> _State:
     n = len(ends)
     before = state.column_of
 
-    def going(carried: tuple[jax.Array, ...]) -> jax.Array:
+    def going(carried: _Ways) -> jax.Array:
         return jnp.any(carried[0] < n)
 
-    def back(carried: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def back(carried: _Ways) -> _Ways:
         column, column_of, row_of = carried
         row = jnp.where(column < n, forest.parent[jnp.minimum(column, n - 1)], n)
         column_of = column_of.at[row].set(column, mode="drop")

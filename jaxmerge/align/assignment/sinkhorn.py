@@ -45,8 +45,10 @@ def sinkhorn(
     shape = (*scores.shape[:-2], m)
     c = jnp.full(shape, 1.0 / m) if columns is None else jnp.asarray(columns)
 
-    def scale(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, ...], None]:
-        _, g = state
+    def scale(
+        state: tuple[jax.Array, jax.Array], _: None
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        g = state[1]
         f = jnp.log(r) - jax.nn.logsumexp(scores + g[..., None, :], axis=-1)
         g = jnp.log(c) - jax.nn.logsumexp(scores + f[..., :, None], axis=-2)
         return (f, g), None

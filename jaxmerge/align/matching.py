@@ -1,0 +1,605 @@
+"""Matching: the permutation of one model's units that makes them most similar to another's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.align.assignment import Solver, assign
+from jaxmerge.align.permuting import Permutations, check, identity
+from jaxmerge.align.similarity import (
+    Rows,
+    Similarities,
+    activation_similarity,
+    compared,
+    given_rows,
+)
+from jaxmerge.align.spaces import Space
+from jaxmerge.align.spec import PermutationSpec
+from jaxmerge.align.trees import Chain, Tree, trees
+from jaxmerge.align.units import rows
+from jaxmerge.tree import flatten, nearest
+
+
+class MatchInfo(NamedTuple):
+    """How a matching went.
+
+    Attributes:
+      score: float [], the mean over all trees of nodes of the mean similarity of matched units.
+      sweeps: int32 [], how many sweeps over the trees were made.
+      similarity: per root of a tree, float [], the mean similarity of its matched units.
+      settled: bool [], whether the last sweep moved nothing.
+    """
+
+    score: jax.Array
+    sweeps: jax.Array
+    similarity: dict[str, jax.Array]
+    settled: jax.Array
+
+
+def match(
+    spec: PermutationSpec,
+    a: Any,
+    b: Any,
+    space: Space,
+    *,
+    x: Any = None,
+    apply_fn: Callable[..., Any] | None = None,
+    similarities: Similarities | None = None,
+    start: Mapping[str, Any] | None = None,
+    order: Sequence[Sequence[str | int]] | None = None,
+    key: jax.Array | None = None,
+    sweeps: int = 100,
+    patience: int = 5,
+    solver: Solver = "auto",
+) -> tuple[Permutations, MatchInfo]:
+    r"""Finds the permutation of `b`'s units that fits them to `a`'s.
+
+    Coordinate descent: tree by tree of nodes (a layer's units; heads with what is in them) the assignment of largest
+    similarity is taken, with everything else as it is matched by then, in sweeps over all trees until one changes
+    nothing or `patience` sweeps have not bettered the score; the best sweep counts. What lies within other units (the
+    values of a head) is matched for every pair of these first, and these by the sum of what that gives. One compiled
+    program, whatever the space's alpha.
+
+    Args:
+      spec: where the units stand.
+      a, b: trees of parameters; `a` stays as it is.
+      space: what is compared, see `weight_space`, `activation_space` and `dual_space`.
+      x: inputs, for spaces with activations: one batch (a pytree, or a tuple of what `apply_fn` takes after the
+        parameters) or a list of batches.
+      apply_fn: the function of both models, for spaces with activations.
+      similarities: what `activation_similarity` gives, in place of `x` and `apply_fn`.
+      start: where to start; by default from the match of the activations alone if there are any, else from `b` as is.
+      order: per sweep the roots of the trees (or their indices) in the order of visits; fewer sweeps than are made
+        are gone through again. By default random orders.
+      key: for random orders; by default ``jax.random.key(0)``.
+      sweeps: the most sweeps, static.
+      patience: how many sweeps may go by without a better score, static.
+      solver: see `jaxmerge.align.assign`.
+
+    Returns:
+      The permutations, for `jaxmerge.align.permute(spec, permutations, b)`, and a `MatchInfo`.
+
+    Raises:
+      ValueError: no activations where the space needs them, an unknown node in `order` or alpha, parameters that do not
+        fit the spec, or similarities that are not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> mlp = lambda p, x: jnp.tanh(x @ p["fc1"]) @ p["fc2"]
+      >>> a = {"fc1": jax.random.normal(jax.random.key(0), (3, 8)), "fc2": jnp.ones((8, 2))}
+      >>> spec = jm.align.symmetry(mlp, a, jnp.ones((1, 3)))
+      >>> b = jm.align.permute(spec, {"fc1": jnp.roll(jnp.arange(8), 3)}, a)
+      >>> permutations, info = jm.align.match(spec, a, b, jm.align.weight_space())
+      >>> bool(jnp.all(jm.align.permute(spec, permutations, b)["fc1"] == a["fc1"]))
+      True
+
+    Reference:
+      Ainsworth et al., Git Re-Basin, ICLR 2023 (coordinate descent). Xu et al., Training-Free Pretrained Model Merging,
+      CVPR 2024 (MuDSC: both spaces, groups).
+    """
+    problem, visits, first = _prepared(
+        spec, a, b, space, x, apply_fn, similarities, start, order, key, sweeps
+    )
+    settings = _Settings(sweeps, patience, solver)
+    found, info = _descend(problem.static, settings, space, problem.arrays, visits, first)
+    _check_finite(info)
+    return found, info
+
+
+def match_path(
+    spec: PermutationSpec,
+    a: Any,
+    b: Any,
+    alphas: Any,
+    *,
+    x: Any = None,
+    apply_fn: Callable[..., Any] | None = None,
+    similarities: Similarities | None = None,
+    order: Sequence[Sequence[str | int]] | None = None,
+    key: jax.Array | None = None,
+    sweeps: int = 100,
+    patience: int = 5,
+    solver: Solver = "auto",
+) -> tuple[Permutations, MatchInfo]:
+    """Matches in dual space for many shares of the weights, in one program.
+
+    The activations are run once, and each share starts from what the one before it found: neighbours differ little.
+
+    Args:
+      alphas: [k], the shares in the order in which they are gone through.
+      Others: as for `match`.
+
+    Returns:
+      As `match`, with a leading axis [k].
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> mlp = lambda p, x: jnp.tanh(x @ p["fc1"]) @ p["fc2"]
+      >>> a, b = ({"fc1": jax.random.normal(jax.random.key(i), (3, 8)), "fc2": jnp.ones((8, 2))} for i in (0, 1))
+      >>> x = jax.random.normal(jax.random.key(2), (16, 3))
+      >>> spec = jm.align.symmetry(mlp, a, x)
+      >>> found, _ = jm.align.match_path(spec, a, b, jnp.linspace(0.1, 0.9, 9), x=x, apply_fn=mlp)
+      >>> found["fc1"].shape
+      (9, 8)
+
+    Reference:
+      Xu et al., Training-Free Pretrained Model Merging, CVPR 2024.
+    """
+    from jaxmerge.align.spaces import dual_space
+
+    space = dual_space(0.5)
+    problem, visits, first = _prepared(
+        spec, a, b, space, x, apply_fn, similarities, None, order, key, sweeps
+    )
+    settings = _Settings(sweeps, patience, solver)
+    shares = jnp.asarray(alphas, jnp.float32)
+    found, info = _descend_along(problem.static, settings, shares, problem.arrays, visits, first)
+    _check_finite(info)
+    return found, info
+
+
+class _Settings(NamedTuple):
+    sweeps: int
+    patience: int
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What a program is compiled for."""
+
+    spec: PermutationSpec
+    trees: tuple[Tree, ...]
+    neighbours: tuple[tuple[bool, ...], ...]
+
+
+class _Arrays(NamedTuple):
+    leaves_a: dict[str, Any]
+    leaves_b: dict[str, Any]
+    activations: Similarities
+
+
+class _Problem(NamedTuple):
+    static: _Static
+    arrays: _Arrays
+
+
+def _prepared(
+    spec: PermutationSpec,
+    a: Any,
+    b: Any,
+    space: Space,
+    x: Any,
+    apply_fn: Callable[..., Any] | None,
+    similarities: Similarities | None,
+    start: Mapping[str, Any] | None,
+    order: Sequence[Sequence[str | int]] | None,
+    key: jax.Array | None,
+    sweeps: int,
+) -> tuple[_Problem, jax.Array, Permutations | None]:
+    leaves_a, leaves_b = flatten(a)[0], flatten(b)[0]
+    for leaves in (leaves_a, leaves_b):
+        spec = spec.sized({path: np.shape(leaf) for path, leaf in leaves.items()})
+    found = trees(spec)
+    if not found:
+        raise ValueError("nothing can be permuted: the spec has no free node")
+    _check_alpha(spec, space)
+    if space.data and similarities is None:
+        if x is None or apply_fn is None:
+            raise ValueError(
+                "the space compares activations: give x= and apply_fn=, or similarities="
+            )
+        batches = x if isinstance(x, list) else [x]
+        similarities = activation_similarity(spec, apply_fn, a, b, batches)
+    kept = {path for path, _ in spec.leaves}
+    arrays = _Arrays(
+        {path: jnp.asarray(leaves_a[path]) for path in leaves_a if path in kept},
+        {path: jnp.asarray(leaves_b[path]) for path in leaves_b if path in kept},
+        _layered(spec, found, similarities) if space.data and similarities is not None else {},
+    )
+    static = _Static(spec, found, _neighbours(spec, found))
+    first = None if start is None else check(spec, start)
+    return _Problem(static, arrays), _visits(found, order, key, sweeps), first
+
+
+def _check_alpha(spec: PermutationSpec, space: Space) -> None:
+    if isinstance(space.alpha, Mapping):
+        names = [node.name for node in spec.free()]
+        for name in space.alpha:
+            if name not in names:
+                raise ValueError(
+                    f"alpha speaks of {name!r}, which is no node{nearest(name, names)}"
+                )
+        for name in names:
+            if name not in space.alpha:
+                raise ValueError(f"alpha has no value for node {name!r}")
+
+
+def _layered(
+    spec: PermutationSpec, found: Sequence[Tree], similarities: Similarities
+) -> Similarities:
+    """The similarities of activations as [layers, units, units], checked."""
+    result = {}
+    chains = {chain.node: chain for tree in found for chain in tree.chains}
+    for name, array in similarities.items():
+        if name not in chains:
+            raise ValueError(
+                f"similarities speak of {name!r}, which is no node{nearest(name, chains)}"
+            )
+        layers, units = _sizes(spec, chains[name])
+        if np.size(array) != layers * units * units:
+            raise ValueError(
+                f"the similarity of {name!r}: expected {[layers, units, units]}, found {list(np.shape(array))}"
+            )
+        result[name] = jnp.asarray(array).reshape(layers, units, units)
+    return result
+
+
+def _sizes(spec: PermutationSpec, chain: Chain) -> tuple[int, int]:
+    layers = [spec.size(name) for name in chain.layers]
+    units = [spec.size(name) for name in (*chain.outer, chain.node)]
+    return int(np.prod(layers, dtype=np.int64)), int(np.prod(units, dtype=np.int64))
+
+
+def _neighbours(spec: PermutationSpec, found: Sequence[Tree]) -> tuple[tuple[bool, ...], ...]:
+    """Which trees' similarities change when a tree is permuted: those with which it shares a leaf."""
+    leaves = [
+        {place.path for chain in tree.chains for place in chain.places if place.role != "stat"}
+        for tree in found
+    ]
+    twice = [
+        any(
+            sum(chain.node in axis.nodes() for _, axis in spec.binding(path).moving()) > 1
+            for chain in tree.chains
+            for path in mine
+        )
+        for tree, mine in zip(found, leaves, strict=True)
+    ]
+    return tuple(
+        tuple((i != j or twice[i]) and bool(one & other) for j, other in enumerate(leaves))
+        for i, one in enumerate(leaves)
+    )
+
+
+def _visits(
+    found: Sequence[Tree],
+    order: Sequence[Sequence[str | int]] | None,
+    key: jax.Array | None,
+    sweeps: int,
+) -> jax.Array:
+    """int32 [sweeps, trees]."""
+    if order is None:
+        keys = jax.random.split(jax.random.key(0) if key is None else key, sweeps)
+        return jax.vmap(lambda k: jax.random.permutation(k, len(found)))(keys).astype(jnp.int32)
+    names = [tree.root for tree in found]
+    rounds = []
+    for one in order:
+        visits = []
+        for item in one:
+            if isinstance(item, str):
+                if item not in names:
+                    raise ValueError(f"order: no tree has the root {item!r}{nearest(item, names)}")
+                visits.append(names.index(item))
+            else:
+                visits.append(int(item))
+        if sorted(visits) != list(range(len(names))):
+            raise ValueError(
+                f"order: expected every one of {names} once in a sweep, found {list(one)}"
+            )
+        rounds.append(visits)
+    return jnp.asarray([rounds[i % len(rounds)] for i in range(sweeps)], jnp.int32)
+
+
+def _check_finite(info: MatchInfo) -> None:
+    for name, value in info.similarity.items():
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(value)):
+            raise ValueError(f"the similarity of node {name!r} is not finite: are the models?")
+
+
+# The program --------------------------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    permutations: Permutations
+    scores: jax.Array  # [trees]
+    stale: jax.Array  # [trees], whether a tree's neighbours have moved since it was matched
+
+
+class _Run(NamedTuple):
+    state: _State
+    best: Permutations
+    best_scores: jax.Array
+    sweep: jax.Array
+    idle: jax.Array
+    moved: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _descend(
+    static: _Static,
+    settings: _Settings,
+    space: Space,
+    arrays: _Arrays,
+    visits: jax.Array,
+    first: Permutations | None,
+) -> tuple[Permutations, MatchInfo]:
+    return _matched(static, settings, space, _known(static, space, arrays), arrays, visits, first)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _descend_along(
+    static: _Static,
+    settings: _Settings,
+    alphas: jax.Array,
+    arrays: _Arrays,
+    visits: jax.Array,
+    first: Permutations | None,
+) -> tuple[Permutations, MatchInfo]:
+    from jaxmerge.align.spaces import activation_space, dual_space
+
+    known = _known(static, dual_space(0.5), arrays)
+    start, _ = _matched(static, settings, activation_space(), known, arrays, visits, first)
+
+    def step(before: Permutations, alpha: jax.Array) -> tuple[Permutations, Any]:
+        space = dual_space(alpha)
+        result = _matched(static, settings, space, known, arrays, visits, before)
+        return result[0], result
+
+    return jax.lax.scan(step, start, alphas)[1]
+
+
+Known = dict[str, tuple[Rows, Rows]]
+
+
+def _known(static: _Static, space: Space, arrays: _Arrays) -> Known:
+    """Both models' rows of weights as they are: what no permutation changes."""
+    if space.weights is None:
+        return {}
+    return {
+        chain.node: (
+            given_rows(static.spec, chain, arrays.leaves_a, None, space.weights),
+            given_rows(static.spec, chain, arrays.leaves_b, None, space.weights),
+        )
+        for tree in static.trees
+        for chain in tree.chains
+        if any(place.role != "stat" for place in chain.places)
+    }
+
+
+def _matched(
+    static: _Static,
+    settings: _Settings,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    visits: jax.Array,
+    first: Permutations | None,
+) -> tuple[Permutations, MatchInfo]:
+    count = len(static.trees)
+    start = identity(static.spec) if first is None else first
+
+    def visit(space: Space, index: int, state: _State) -> _State:
+        """Matches one tree if what it depends on has moved."""
+        tree = static.trees[index]
+
+        def again(state: _State) -> _State:
+            found, score = _match_tree(
+                static.spec, tree, space, known, arrays, state.permutations, settings.solver
+            )
+            moved = jnp.any(
+                jnp.stack([jnp.any(found[name] != state.permutations[name]) for name in found])
+            )
+            neighbours = jnp.asarray(static.neighbours[index])
+            stale = (state.stale | (neighbours & moved)).at[index].set(moved & neighbours[index])
+            return _State({**state.permutations, **found}, state.scores.at[index].set(score), stale)
+
+        return jax.lax.cond(state.stale[index], again, lambda state: state, state)
+
+    def all_once(space: Space, permutations: Permutations) -> _State:
+        state = _State(permutations, jnp.zeros(count), jnp.ones(count, bool))
+        for index in range(count):
+            state = visit(space, index, state._replace(stale=jnp.ones(count, bool)))
+        return state
+
+    if space.weights is None:
+        state = all_once(space, start)
+        return state.permutations, _info(static, state.scores, jnp.int32(1), jnp.bool_(True))
+    if space.data and first is None:
+        only = Space(space.alpha, None, True)
+        start = all_once(only, start).permutations
+    branches = [functools.partial(visit, space, index) for index in range(count)]
+
+    def sweep(run: _Run) -> _Run:
+        turn = visits[run.sweep]
+        state = jax.lax.fori_loop(
+            0, count, lambda i, state: jax.lax.switch(turn[i], branches, state), run.state
+        )
+        better = jnp.mean(state.scores) > jnp.mean(run.best_scores)
+        best = jax.tree.map(
+            lambda new, old: jnp.where(better, new, old), state.permutations, run.best
+        )
+        same = [
+            jnp.all(state.permutations[name] == run.state.permutations[name])
+            for name in state.permutations
+        ]
+        return _Run(
+            state,
+            best,
+            jnp.where(better, state.scores, run.best_scores),
+            run.sweep + 1,
+            jnp.where(better, 0, run.idle + 1),
+            ~jnp.all(jnp.stack(same)),
+        )
+
+    def goes_on(run: _Run) -> jax.Array:
+        return (run.sweep < settings.sweeps) & (run.idle < settings.patience) & run.moved
+
+    state = _State(start, jnp.zeros(count), jnp.ones(count, bool))
+    worst = jnp.full(count, -jnp.inf)
+    run = _Run(state, start, worst, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    run = jax.lax.while_loop(goes_on, sweep, run)
+    return run.best, _info(static, run.best_scores, run.sweep, ~run.moved)
+
+
+def _info(static: _Static, scores: jax.Array, sweeps: jax.Array, settled: jax.Array) -> MatchInfo:
+    each = {tree.root: scores[i] for i, tree in enumerate(static.trees)}
+    return MatchInfo(jnp.mean(scores), sweeps, each, settled)
+
+
+def _match_tree(
+    spec: PermutationSpec,
+    tree: Tree,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    permutations: Permutations,
+    solver: Solver,
+) -> tuple[Permutations, jax.Array]:
+    """The best permutations of a tree's nodes with everything else as it is, and the mean matched similarity."""
+    similar: Similarities = {}
+    for chain in tree.chains:
+        one = _similarity(spec, chain, space, known, arrays, permutations)
+        if one is not None:
+            similar[chain.node] = one
+    if not similar:
+        return {chain.node: permutations[chain.node] for chain in tree.chains}, jnp.float32(0)
+    root = tree.chains[0]
+    layers, _ = _sizes(spec, root)
+    pairs, inner = _pairs(spec, tree, root, similar, layers, solver)
+    columns = assign(pairs[:, 0, 0], solver)
+    broken = jnp.any(columns < 0)
+    found: Permutations = {}
+    _resolve(spec, tree, root, columns[:, None], inner, found)
+    units = sum(_sizes(spec, c)[1] for c in tree.chains if c.node in similar) * layers
+    value = jnp.sum(jnp.take_along_axis(pairs[:, 0, 0], columns[..., None], axis=-1))
+    # What is not finite has no assignment, and no score.
+    return found, jnp.where(broken, jnp.nan, value / units).astype(jnp.float32)
+
+
+def _similarity(
+    spec: PermutationSpec,
+    chain: Chain,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    permutations: Permutations,
+) -> jax.Array | None:
+    """[layers, units, units] of one node in the space, None where nothing speaks of it."""
+    data = arrays.activations.get(chain.node) if space.data else None
+    if space.weights is None or chain.node not in known:
+        return data
+    of_a, of_b = known[chain.node]
+    layers = _sizes(spec, chain)[0]
+    parts = [
+        part.reshape(layers, -1, part.shape[-1])
+        for part in rows(spec, chain, arrays.leaves_b, permutations)
+    ]
+    weights = compared(of_a, Rows(parts, of_b.mean, of_b.norm, of_b.features))
+    if data is None:
+        return weights
+    share = space.share(chain.node).astype(weights.dtype)
+    return share * weights + (1 - share) * data.astype(weights.dtype)
+
+
+Inner = dict[str, jax.Array]
+
+
+def _pairs(
+    spec: PermutationSpec,
+    tree: Tree,
+    chain: Chain,
+    similar: Similarities,
+    layers: int,
+    solver: Solver,
+) -> tuple[jax.Array, Inner]:
+    """What matching two units of a node is worth: themselves, and the best of what is within them.
+
+    Returns:
+      [layers, outer units of a, outer units of b, units, units], and for each node within the columns
+      [layers, outer of a, outer of b, units] of the best matching for every pair of what it is within.
+    """
+    size = spec.size(chain.node)
+    outer = _sizes(spec, chain)[1] // size
+    total = jnp.zeros((layers, outer, outer, size, size))
+    if chain.node in similar:
+        whole = similar[chain.node].reshape(layers, outer, size, outer, size)
+        total = whole.transpose(0, 1, 3, 2, 4)
+    inner: Inner = {}
+    for child in tree.children(chain):
+        pairs, below = _pairs(spec, tree, child, similar, layers, solver)
+        columns = assign(pairs, solver)
+        value = jnp.sum(jnp.take_along_axis(pairs, columns[..., None], axis=-1), axis=(-1, -2))
+        inner |= {**below, child.node: columns}
+        worth = value.reshape(layers, outer, size, outer, size).transpose(0, 1, 3, 2, 4)
+        total = total + worth
+    return total, inner
+
+
+def _resolve(
+    spec: PermutationSpec,
+    tree: Tree,
+    chain: Chain,
+    columns: jax.Array,
+    inner: Inner,
+    found: Permutations,
+) -> None:
+    """Reads the permutations of a node and of what is within it off the chosen pairs.
+
+    Args:
+      columns: [layers, outer units of a, units], the chosen units of b within the chosen outer units.
+    """
+    layers, outer, size = columns.shape
+    order = (*chain.layers, *chain.outer, chain.node)
+    shape = [spec.size(name) for name in order]
+    array = columns.reshape(shape)
+    parents = (*spec.node(chain.node).parents, chain.node)
+    found[chain.node] = jnp.transpose(array, [order.index(name) for name in parents])
+    if chain.outer:
+        above = _flat(spec, chain, found)
+        partners = above[..., None] * size + columns
+    else:
+        partners = columns
+    partners = partners.reshape(layers, outer * size)
+    for child in tree.children(chain):
+        chosen = jnp.take_along_axis(inner[child.node], partners[:, :, None, None], axis=2)
+        _resolve(spec, tree, child, chosen[:, :, 0], inner, found)
+
+
+def _flat(spec: PermutationSpec, chain: Chain, found: Permutations) -> jax.Array:
+    """[layers, outer]: the outer unit of b, counted through, that each outer unit of a is matched with."""
+    index: jax.Array | None = None
+    for depth, name in enumerate(chain.outer):
+        size = spec.size(name)
+        columns = found[name].reshape(-1, *(spec.size(n) for n in chain.outer[: depth + 1]))
+        columns = columns.reshape(columns.shape[0], -1, size)
+        base = jnp.zeros_like(columns[..., :1]) if index is None else index[..., None]
+        index = (base * size + columns).reshape(columns.shape[0], -1)
+    assert index is not None
+    return index

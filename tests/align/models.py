@@ -1,0 +1,83 @@
+"""Small models for the alignment tests, in the layout of the reference problems (PyTorch's names and axes)."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def mlp(params: Any, x: jax.Array) -> jax.Array:
+    for name in ("fc1", "fc2", "fc3"):
+        x = jax.nn.relu(x @ params[f"{name}.weight"].T)
+    return x @ params["fc4.weight"].T
+
+
+def residual_network(params: Any, x: jax.Array) -> jax.Array:
+    """A CIFAR ResNet with BatchNorm in evaluation mode; blocks and strides follow from the names."""
+
+    def convolve(name: str, x: jax.Array, stride: int = 1) -> jax.Array:
+        kernel = params[f"{name}.weight"]
+        pad = (kernel.shape[2] - 1) // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            ((pad, pad),) * 2,
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        )
+
+    def normalise(name: str, x: jax.Array) -> jax.Array:
+        mean, var, weight, bias = (
+            params[f"{name}.{kind}"][None, :, None, None]
+            for kind in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / jnp.sqrt(var + 1e-5) * weight + bias
+
+    x = jax.nn.relu(normalise("bn1", convolve("conv1", x)))
+    for block in dict.fromkeys(name[:8] for name in params if name.startswith("layer")):
+        stride = 2 if block[5] > "1" and block[7] == "0" else 1
+        h = jax.nn.relu(normalise(f"{block}.bn1", convolve(f"{block}.conv1", x, stride)))
+        h = normalise(f"{block}.bn2", convolve(f"{block}.conv2", h))
+        if f"{block}.shortcut.0.weight" in params:
+            x = normalise(f"{block}.shortcut.1", convolve(f"{block}.shortcut.0", x, stride))
+        x = jax.nn.relu(h + x)
+    x = jnp.mean(x, (2, 3))
+    return x @ params["linear.weight"].T + params["linear.bias"][None]
+
+
+def attention(params: Any, x: jax.Array) -> jax.Array:
+    """A block of self-attention with two heads and a mean over tokens."""
+    heads = 2
+    h = x @ params["in"]
+    q, k, v = (
+        (h @ params[name]).reshape(*h.shape[:2], heads, -1) for name in ("query", "key", "value")
+    )
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k), -1)
+    h = h + jnp.einsum("bhts,bshd->bthd", weights, v).reshape(*h.shape[:2], -1) @ params["out"]
+    return jnp.mean(h, 1) @ params["head"]
+
+
+def draw_mlp(seed: int, widths: tuple[int, ...] = (5, 12, 12, 12, 4)) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        f"fc{i + 1}.weight": jnp.asarray(rng.standard_normal((m, n)) / np.sqrt(n), jnp.float32)
+        for i, (n, m) in enumerate(itertools.pairwise(widths))
+    }
+
+
+def draw_attention(seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "in": (3, 6),
+        "query": (6, 8),
+        "key": (6, 8),
+        "value": (6, 10),
+        "out": (10, 6),
+        "head": (6, 2),
+    }
+    return {
+        name: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,110 @@
+"""The reference problems: similarities, permutations and merged weights of MuDSC's and Git Re-Basin's own code."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from align.models import mlp, residual_network
+
+import jaxmerge as jm
+
+FOLDER = Path(__file__).parents[3] / "shared" / "golden"
+MODES = {
+    "act_perm": jm.align.activation_space(),
+    "wgt_perm": jm.align.weight_space(),
+    "dual_perm_a0.3": jm.align.dual_space(0.3),
+    "dual_perm_a0.5": jm.align.dual_space(0.5),
+    "dual_perm_a0.9": jm.align.dual_space(0.9),
+}
+PROBLEMS = {"mlp_planted": mlp, "resnet20_planted": residual_network}
+
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason=f"the reference problems are not there: {FOLDER.name}"
+)
+
+
+class Problem:
+    def __init__(self, name: str) -> None:
+        self.file = np.load(FOLDER / f"{name}.npz")
+        self.function = PROBLEMS[name]
+        names = [key[6:] for key in self.file.files if key.startswith("in/m0/")]
+        self.a, self.b = (
+            {n: jnp.asarray(self.file[f"in/m{i}/{n}"]) for n in names} for i in (0, 1)
+        )
+        self.batches = [jnp.asarray(x) for x in self.file["X"]]
+        self.spec = jm.align.symmetry(self.function, self.a, self.batches[0])
+        groups = json.loads(str(self.file["spec_json"]))
+        self.nodes = {
+            group: self.spec.binding(uses[0][1]).axes[uses[0][0]].nodes()[0]  # type: ignore[union-attr]
+            for group, uses in groups.items()
+        }
+
+
+@pytest.fixture(scope="module", params=PROBLEMS)
+def problem(request: Any) -> Iterator[Problem]:
+    with jax.enable_x64(True):
+        yield Problem(request.param)
+
+
+def test_similarities(problem: Problem) -> None:
+    weights = jm.align.weight_similarity(problem.spec, problem.a, problem.b)
+    data = jm.align.activation_similarity(
+        problem.spec, problem.function, problem.a, problem.b, problem.batches
+    )
+    for group, node in problem.nodes.items():
+        n = problem.spec.node(node).size
+        expected = problem.file[f"wsim_init/{group}"][:n, n:]
+        np.testing.assert_allclose(weights[node], expected, atol=1e-9)
+        np.testing.assert_allclose(data[node], problem.file[f"asim/{group}"][:n, n:], atol=1e-9)
+
+
+def test_permutations_and_merged_weights(problem: Problem) -> None:
+    groups = list(problem.nodes)
+    order = [[problem.nodes[groups[i]] for i in row] for row in problem.file["visit_order"]]
+    data = jm.align.activation_similarity(
+        problem.spec, problem.function, problem.a, problem.b, problem.batches
+    )
+    for mode, space in MODES.items():
+        found, _ = jm.align.match(
+            problem.spec, problem.a, problem.b, space, similarities=data, order=order
+        )
+        for group, node in problem.nodes.items():
+            assert found[node].tolist() == problem.file[f"{mode}/perm/{group}/m1"].tolist()
+        aligned = jm.align.permute(problem.spec, found, problem.b)
+        for path, binding in problem.spec.leaves:
+            if any(axis.role == "stat" for _, axis in binding.moving()):
+                continue
+            # The official code's epsilon: a factor for each axis that the tensor produces.
+            factor = (1 - 5e-6) ** sum(axis.role != "in" for _, axis in binding.moving())
+            merged = (problem.a[path] + aligned[path]) / 2 * factor
+            np.testing.assert_allclose(
+                merged, problem.file[f"{mode}/merged/{path}"], rtol=1e-8, atol=1e-9
+            )
+
+
+def test_weight_matching_of_git_rebasin() -> None:
+    file = np.load(FOLDER / "rebasin_mlp_planted.npz")
+
+    def function(p: Any, x: jax.Array) -> jax.Array:
+        for i in range(4):
+            bias = p[f"Dense_{i}/bias"]
+            x = x @ p[f"Dense_{i}/kernel"] + jnp.broadcast_to(bias, (len(x), len(bias)))
+            x = jax.nn.relu(x) if i < 3 else x
+        return x
+
+    with jax.enable_x64(True):
+        a, b = (
+            {k[2:]: jnp.asarray(file[k]) for k in file.files if k.startswith(f"{m}/")} for m in "ab"
+        )
+        spec = jm.align.symmetry(function, a, jnp.ones((1, 20)))
+        names = [str(name) for name in file["perm_names"]]
+        nodes = {name: f"Dense_{name[2:]}" for name in names}
+        order = [[nodes[names[i]] for i in row] for row in file["visit_order"]]
+        found, _ = jm.align.match(spec, a, b, jm.align.weight_space("product"), order=order)
+    for name, node in nodes.items():
+        assert found[node].tolist() == file[f"perm/{name}"].tolist()
