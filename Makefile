@@ -31,7 +31,7 @@ quickstart: $(VENV)/.package
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 $(PYTEST)
 
-# The same with PyTorch, so that the tests that need it run too.
+# The same with PyTorch, transformers, peft and gguf, so that the tests that need them run too.
 test-torch: $(VENV)/.torch
 	$(MAKE) test
 
@@ -70,5 +70,5 @@ $(VENV)/.test: $(VENV)/.made $(METADATA)
 	touch $@ $(VENV)/.package
 
 $(VENV)/.torch: $(VENV)/.test
-	$(PIP) install --quiet --editable ".[torch]"
+	$(PIP) install --quiet --editable ".[torch,lora,gguf]"
 	touch $@
