@@ -64,7 +64,7 @@ SIZES = {
     "1.1B": Layout(22, 2048, 5632, 256),
     "3B": Layout(26, 3072, 8192, 512),
 }
-EXPERTS = Layout(layers=52, width=64, hidden=32, kv=64, vocabulary=1024, experts=100)
+EXPERTS = Layout(layers=53, width=64, hidden=32, kv=64, vocabulary=1024, experts=100)
 """More than 16,000 tensors, of which the largest has 65,536 elements."""
 
 
