@@ -253,7 +253,7 @@ def _copy_side_files(
     source: Path, place: Path, checkpoint: Checkpoint, wanted: np.dtype | None
 ) -> None:
     if source.is_dir():
-        for name in side_files(source):
+        for name in side_files(source, apart=place):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, place / name)
     write_described_files(checkpoint, place)

@@ -32,16 +32,22 @@ def is_weights(name: str) -> bool:
     return name.endswith(_WEIGHTS)
 
 
-def side_files(folder: Path) -> Iterator[Path]:
+def side_files(folder: Path, *, apart: Path | None = None) -> Iterator[Path]:
     """Yields the files of a model's folder that are not weights, nested ones too, by their names within it.
 
     Links to files are followed, as the files of a hub's cache are links; links to folders are not.
 
     Args:
       folder: of a model; a file has none.
+      apart: a folder within it whose files are none of the model's: what is being written.
     """
+    left_out = None if apart is None else apart.resolve()
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in _PRIVATE)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in _PRIVATE and (Path(place) / name).resolve() != left_out
+        )
         for name in sorted(files):
             inside = (Path(place) / name).relative_to(folder)
             if not is_weights(name) and (folder / inside).is_file():

@@ -36,11 +36,7 @@ def write_side_files(plan: Plan, target: Path) -> None:
     source = plan.sources[0]
     donor = source.path
     tokenizer = plan.tokenizer_files
-    # An output within the donor's folder is not copied into itself.
-    inside = target.resolve()
-    for name in side_files(donor):
-        if inside in (donor / name).resolve().parents:
-            continue
+    for name in side_files(donor, apart=target):
         if tokenizer is not None and str(name) in FILES:
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,20 +54,21 @@ def write_side_files(plan: Plan, target: Path) -> None:
     _write_dtype(plan, target)
 
 
-def side_files(folder: Path) -> Iterator[Path]:
+def side_files(folder: Path, *, apart: Path | None = None) -> Iterator[Path]:
     """Yields the files of a model's folder that are not weights and that no merge writes, by their names within it.
 
     The model card of an earlier merge is none of them.
 
     Args:
         folder: of a model; a file has none.
+        apart: a folder within it whose files are none of the model's: the output.
     """
     written = {*_GENERATED}
     if (folder / RECORD).exists():
         written.add(SECOND_CARD if (folder / SECOND_CARD).exists() else CARD)
     return (
         name
-        for name in converters.side_files(folder)
+        for name in converters.side_files(folder, apart=apart)
         if str(name) not in written and not is_journal(str(name))
     )
 

@@ -78,6 +78,11 @@ def test_shards_go_along_with_the_other_files(model: Path, tmp_path: Path) -> No
         assert checkpoint.metadata == {"format": "pt", "by": "me"}
 
 
+def test_a_folder_within_the_source_is_not_copied_into_itself(model: Path) -> None:
+    convert(model, model / "half", dtype="float16")
+    assert sorted(os.listdir(model / "half")) == ["config.json", "model.safetensors", "tokenizer"]
+
+
 @pytest.mark.torch
 def test_pytorch_files_hold_the_same_bits_and_come_back(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
