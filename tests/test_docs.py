@@ -15,7 +15,7 @@ import jaxmerge as jm
 from jaxmerge.cli.app import app
 from jaxmerge.converters import families
 from jaxmerge.methods import registry
-from jaxmerge.recipes import parse, resolve
+from jaxmerge.recipes import parse, parse_all, resolve
 from jaxmerge.sweeping import import_source
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,8 @@ def test_python_examples_run_in_order_and_print_what_the_page_says(
 def test_recipes_resolve(page: Path) -> None:
     for block in blocks(page):
         if block.info == "yaml" and "merge_method" in block.text and not _needs_import(block):
-            resolve(parse(block.text, filename=f"{page.name}:{block.line}"))
+            for recipe in parse_all(block.text, filename=f"{page.name}:{block.line}"):
+                resolve(recipe)
 
 
 @every_page

@@ -1,8 +1,11 @@
 """`jaxmerge merge`."""
 
+from __future__ import annotations
+
 import enum
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +21,9 @@ from jaxmerge.cli.arguments import (
 from jaxmerge.cli.consoles import note, notes, say
 from jaxmerge.cli.device import Device, use
 from jaxmerge.cli.progress import progress
+
+if TYPE_CHECKING:
+    from jaxmerge.recipes import Plan
 
 
 class Format(enum.StrEnum):
@@ -69,16 +75,16 @@ def merge(
     num_processes: Annotated[int | None, typer.Option(min=1, help="In all.")] = None,
     imports: Imports = None,
 ) -> None:
-    """Merge the checkpoints of a recipe.
+    """Merge the checkpoints of a recipe; of each recipe, where the file has several.
 
     All that headers tell is checked before a tensor is read, every tensor for NaN and infinity as
     it is read. A merge that was interrupted, killed or short of disk is gone on with by the same
     command. A folder also gets the recipe as it ran, where everything came from, a model card, and
-    the other files of the base (or of the first model).
+    the other files of the base (or of the first model). Of several recipes each is written to
+    OUT/NAME, the one without a name to OUT/final.
     """
-    began = time.monotonic()
-    from jaxmerge.recipes import make_plan, read, run
-    from jaxmerge.recipes.output import bytes_text, parse_bytes
+    from jaxmerge.recipes import make_plans, read_all, run
+    from jaxmerge.recipes.output import parse_bytes
     from jaxmerge.recipes.processes import ALONE, connect
     from jaxmerge.recipes.remote import check_free, is_remote, publish, staged
     from jaxmerge.recipes.streaming.memory import parse_limit
@@ -94,39 +100,51 @@ def merge(
         if remote and processes.count > 1:
             raise ValueError(f"{out}: several processes need a folder that they share")
         limit = None if memory_limit is None else parse_limit(memory_limit)
-        plan = make_plan(
-            read(recipe),
-            out=staged(out) if remote else out,
-            overwrite=overwrite,
-            seed=seed,
-            memory_limit=limit,
+        place = staged(out) if remote else Path(out)
+        plans = make_plans(
+            read_all(recipe), out=place, overwrite=overwrite, seed=seed, memory_limit=limit
         )
-        if loud:
-            notes(plan.notes)
         if remote:
-            check_free(out, plan.fingerprint, overwrite=overwrite)
-        elif plan.done:
-            say(f"{out}: is the result of this merge already; --overwrite makes it again")
-            return
-        if plan.resumes and loud:
-            note(f"goes on with the unfinished run in {out}")
-        with progress("merging", lambda amount: bytes_text(int(amount)), silent=not loud) as report:
-            written = run(
-                plan,
-                format=None if format is None else format.value,
-                shard_size=parse_bytes(shard_size),
-                memory_limit=limit,
-                progress=lambda name, done, total: report(done, total),
-                processes=processes,
-            )
+            check_free(out, plans[-1].fingerprint, overwrite=overwrite)
+        for plan in plans:
+            assert plan.output is not None
+            shown = out + str(plan.output).removeprefix(str(place))
+            if loud:
+                notes(plan.notes)
+            if plan.done:
+                if loud and not remote:
+                    say(f"{shown}: is the result of this merge already; --overwrite makes it again")
+                continue
+            if plan.resumes and loud:
+                note(f"goes on with the unfinished run in {shown}")
+            began = time.monotonic()
+            with progress("merging", _bytes, silent=not loud) as report:
+                run(
+                    plan,
+                    format=None if format is None else format.value,
+                    shard_size=parse_bytes(shard_size),
+                    memory_limit=limit,
+                    progress=lambda name, done, total: report(done, total),
+                    processes=processes,
+                )
+            if loud:
+                _tell(plan, shown, time.monotonic() - began)
         if remote:
-            publish(written, out, plan.fingerprint)
-    if not loud:
-        return
+            publish(place, out, plans[-1].fingerprint)
+
+
+def _bytes(amount: float) -> str:
+    from jaxmerge.recipes.output import bytes_text
+
+    return bytes_text(int(amount))
+
+
+def _tell(plan: Plan, shown: str, seconds: float) -> None:
     merged = sum(tensor.action == "merge" for tensor in plan.tensors)
     carried = len(plan.tensors) - merged
+    methods = sorted({merge.method.name for merge in plan.merges})
     say(
-        f"{out}: {merged} tensors merged by {plan.resolved.method.name}"
+        f"{shown}: {merged} tensors merged by {', '.join(methods)}"
         + (f", {carried} carried over" if carried else "")
-        + f"; {bytes_text(plan.bytes_written)} in {time.monotonic() - began:.1f} s"
+        + f"; {_bytes(plan.bytes_written)} in {seconds:.1f} s"
     )

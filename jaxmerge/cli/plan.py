@@ -43,26 +43,31 @@ def plan(
     Tensors, shapes, dtypes, names without a match, bytes, the memory needed, and where the result
     will differ from mergekit's.
     """
-    from jaxmerge.recipes import make_plan, read
+    from jaxmerge.recipes import make_plans, read_all
     from jaxmerge.recipes.remote import check_free, is_remote
+    from jaxmerge.recipes.several import FINAL
     from jaxmerge.recipes.streaming.memory import parse_limit
 
     use(Device.cpu)
     import_all(imports)
     limit = None if memory_limit is None else parse_limit(memory_limit)
     elsewhere = out is not None and is_remote(out)
-    made = make_plan(
-        read(recipe),
+    plans = make_plans(
+        read_all(recipe),
         out=None if elsewhere else out,
         overwrite=overwrite,
         seed=seed,
         memory_limit=limit,
     )
     if out is not None and elsewhere:
-        check_free(out, made.fingerprint, overwrite=overwrite)
+        check_free(out, plans[-1].fingerprint, overwrite=overwrite)
     if json:
-        typer.echo(made.to_json())
-    else:
+        texts = [made.to_json() for made in plans]
+        typer.echo(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]")
+        return
+    for number, made in enumerate(plans):
+        if len(plans) > 1:
+            say(f"{chr(10) if number else ''}Merge: {made.resolved.recipe.name or FINAL}\n")
         _show(made, all_rows)
 
 

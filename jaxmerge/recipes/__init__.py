@@ -7,6 +7,7 @@ from jaxmerge.recipes.reproducing import Reproduction, reproduce
 from jaxmerge.recipes.resolve import Resolved, resolve
 from jaxmerge.recipes.run import load_sources, run
 from jaxmerge.recipes.schema import Recipe, dump, parse, parse_all, read, read_all
+from jaxmerge.recipes.several import make_plans
 
 __all__ = [
     "Plan",
@@ -18,6 +19,7 @@ __all__ = [
     "dump",
     "load_sources",
     "make_plan",
+    "make_plans",
     "parse",
     "parse_all",
     "read",
