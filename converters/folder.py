@@ -16,6 +16,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)$")
 # Far above any index (DeepSeek-V3 with 90,000 tensors has 9 MB), far below memory.
 _LARGEST_INDEX = 256_000_000
@@ -185,6 +186,8 @@ def _nothing_found(folder: str) -> str:
         for name in os.listdir(folder)
         if name.endswith((*TORCH_SUFFIXES, ".partial")) and not name.startswith(".")
     )
+    if os.path.exists(os.path.join(folder, _ORBAX_MARK)):
+        return "an orbax checkpoint: read it with jaxmerge.converters.load_orbax"
     message = f"no checkpoint: expected {SAFETENSORS_NAME}, an index with shards, or {TORCH_NAME}"
     if os.path.isfile(os.path.join(folder, "_CHECKPOINT_METADATA")):
         return (

@@ -27,7 +27,11 @@ class ModelConfig:
       json: the config.json that was read; {} where there was none.
       aliases: second names of tensors that the checkpoint had, by name: tied tensors are one leaf.
       buffers: tensors that carry no information of the model, with the values that were read.
-      layout: how each leaf relates to the checkpoint's tensors; for `jaxmerge.merge(..., layout=...)`.
+      layout: how each leaf relates to the checkpoint's tensors; for `jaxmerge.merge(..., layout=...)`. Left out: as the
+        family's table has it.
+
+    Raises:
+      CheckpointError: no such family, a config of another one, or no model of this config.
     """
 
     family: str
@@ -39,6 +43,11 @@ class ModelConfig:
     layout: Layout = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, self.table.config_type):
+            raise CheckpointError(
+                f"family {self.family!r} has a {self.table.config_type.__name__} as config, found "
+                f"{type(self.model).__name__}"
+            )
         if self.layout is None:
             object.__setattr__(self, "layout", self.table.layout(self.model, self.prefix))
 

@@ -153,7 +153,10 @@ def variables_of(family: Family, config: Config) -> Any:
     except Exception as error:
         # Flax and JAX have many words for widths that do not fit together.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"family {family.name}: no such model: {reason[0]}") from error
+        unknown = "unknown " if isinstance(error, KeyError) else ""
+        raise CheckpointError(
+            f"family {family.name}: no such model: {unknown}{reason[0]}"
+        ) from error
 
 
 @cache

@@ -47,7 +47,7 @@ def conv(name: str, path: str, *, bias: bool = False) -> list[Rule]:
 
 
 def norm(name: str, path: str, kind: str = "batch") -> list[Rule]:
-    """A normalisation out of `jaxmerge.models.layers.NORMS`."""
+    """A normalisation out of `jaxmerge.models.layers.Norm`."""
     if kind == "none":
         return []
     rules = [

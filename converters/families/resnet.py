@@ -12,7 +12,7 @@ from jaxmerge.converters.families import layers
 from jaxmerge.converters.families.family import Family, batch_counters, from_plain_json
 from jaxmerge.converters.families.rules import Rule
 from jaxmerge.converters.tensor_info import TensorInfo
-from jaxmerge.models.resnet import EXPANSION, ResNet, ResNetConfig
+from jaxmerge.models.resnet import EXPANSION, Block, ResNet, ResNetConfig
 
 
 def _rules(shortcut: str, head: str, config: ResNetConfig) -> list[Rule]:
@@ -36,7 +36,7 @@ def _config_of(
     first = layers.shapes_of(tensors, lambda i: f"layer{i + 1}.0.conv1.weight", 4)
     widths = [shape[0] for shape in first]
     blocks = [_count(tensors, f"layer{stage + 1}") for stage in range(len(first))]
-    block = "bottleneck" if "layer1.0.conv3.weight" in tensors else "basic"
+    block: Block = "bottleneck" if "layer1.0.conv3.weight" in tensors else "basic"
     derived = {
         "blocks": blocks,
         "widths": widths,

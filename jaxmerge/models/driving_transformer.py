@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import SelfAttention, convolution, norm
+from jaxmerge.models.layers import Norm, SelfAttention, convolution, norm
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DrivingTransformerConfig:
 
     image: tuple[int, int] = (96, 96)
     stem: tuple[int, ...] = (32, 64, 96, 128)
-    norm: str = "batch"
+    norm: Norm = "batch"
     groups: int = 8
     layers: int = 4
     heads: int = 4

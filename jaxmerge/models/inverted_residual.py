@@ -6,13 +6,15 @@ References: Sandler et al., "MobileNetV2: inverted residuals and linear bottlene
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmerge.models.layers import DepthwiseConvolution, convolution, norm
+
+Padding = Literal["symmetric", "same"]
 
 
 class Stage(NamedTuple):
@@ -88,7 +90,7 @@ class InvertedResidualConfig:
     blocks: tuple[Block, ...]
     last: int
     classes: int = 1000
-    padding: str = "symmetric"
+    padding: Padding = "symmetric"
     epsilon: float = 1e-5
     channels: int = 3
     dtype: str = "float32"
@@ -102,7 +104,7 @@ class InvertedResidualConfig:
         last: int = 1280,
         width: float = 1.0,
         classes: int = 1000,
-        padding: str = "symmetric",
+        padding: Padding = "symmetric",
         epsilon: float = 1e-5,
     ) -> Self:
         """Lays out a table of stages.

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmerge.models.multi_head import attend
 
-NORMS = ("batch", "group", "layer", "none")
+Norm = Literal["batch", "group", "layer", "none"]
 """Kinds of normalisation: over the batch with running statistics; over groups of channels; over the channels of each
 pixel; none."""
 
@@ -99,9 +99,9 @@ class DepthwiseConvolution(nn.Module):
 
 
 def norm(
-    kind: str, *, name: str, dtype: str, train: bool, groups: int = 8, epsilon: float = 1e-5
+    kind: Norm, *, name: str, dtype: str, train: bool, groups: int = 8, epsilon: float = 1e-5
 ) -> Layer:
-    """A normalisation out of `NORMS`; with `train` a batch norm normalises by its batch and moves its statistics.
+    """A normalisation; with `train` a batch norm normalises by its batch and moves its statistics.
 
     PyTorch moves the running variance by the unbiased variance of the batch, Flax by the biased one; nothing else
     differs.
@@ -115,7 +115,7 @@ def norm(
         return nn.LayerNorm(use_fast_variance=False, **options)
     if kind == "none":
         return lambda inputs: inputs
-    raise ValueError(f"norm {kind!r} is none of {', '.join(NORMS)}")
+    raise ValueError(f"norm {kind!r} is none of {', '.join(get_args(Norm))}")
 
 
 def max_pool(images: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:

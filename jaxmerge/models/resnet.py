@@ -3,20 +3,25 @@
 Reference: He et al., "Deep residual learning for image recognition", 2016.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import Layer, convolution, max_pool, norm
+from jaxmerge.models.layers import Layer, Norm, convolution, max_pool, norm
 
-EXPANSION = {"basic": 1, "bottleneck": 4}
+Block = Literal["basic", "bottleneck"]
+Stem = Literal["small", "large"]
+Shortcut = Literal["projection", "padded"]
+
+EXPANSION: Mapping[Block, int] = {"basic": 1, "bottleneck": 4}
 """By the kind of block: how much wider than its stage's width its outputs are."""
 
-_IMAGENET = {
+_IMAGENET: Mapping[int, tuple[Block, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
@@ -45,10 +50,10 @@ class ResNetConfig:
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
     classes: int = 10
-    block: str = "basic"
-    stem: str = "small"
-    shortcut: str = "projection"
-    norm: str = "batch"
+    block: Block = "basic"
+    stem: Stem = "small"
+    shortcut: Shortcut = "projection"
+    norm: Norm = "batch"
     groups: int = 8
     channels: int = 3
     dtype: str = "float32"
@@ -60,8 +65,8 @@ class ResNetConfig:
         *,
         width: int = 16,
         classes: int = 10,
-        norm: str = "batch",
-        shortcut: str = "projection",
+        norm: Norm = "batch",
+        shortcut: Shortcut = "projection",
     ) -> Self:
         """ResNet-20, 26, 32, 50, 56, ...: 6n + 2 layers in three stages.
 
@@ -83,7 +88,7 @@ class ResNetConfig:
         return cls(blocks, (width, 2 * width, 4 * width), classes, norm=norm, shortcut=shortcut)
 
     @classmethod
-    def imagenet(cls, depth: int, *, classes: int = 1000, stem: str = "large") -> Self:
+    def imagenet(cls, depth: int, *, classes: int = 1000, stem: Stem = "large") -> Self:
         """ResNet-18, 34, 50 or 101; with the stem "small" for CIFAR's images."""
         if depth not in _IMAGENET:
             raise ValueError(f"depth {depth} is none of {', '.join(map(str, _IMAGENET))}")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import adaptive_mean_pool, convolution, max_pool, norm
+from jaxmerge.models.layers import Norm, adaptive_mean_pool, convolution, max_pool, norm
 
 _CONVOLUTIONS = {
     11: (1, 1, 2, 2, 2),
@@ -40,14 +40,14 @@ class VGGConfig:
     hidden: tuple[int, ...] = ()
     classes: int = 10
     pool: int = 1
-    norm: str = "batch"
+    norm: Norm = "batch"
     groups: int = 8
     channels: int = 3
     dtype: str = "float32"
 
     @classmethod
     def cifar(
-        cls, depth: int, *, width: float = 1.0, classes: int = 10, norm: str = "batch"
+        cls, depth: int, *, width: float = 1.0, classes: int = 10, norm: Norm = "batch"
     ) -> Self:
         """VGG-11, 13, 16 or 19 for 32 x 32 images: one dense layer after the convolutions.
 
@@ -58,7 +58,7 @@ class VGGConfig:
         return cls(_stages(depth, width), classes=classes, norm=norm)
 
     @classmethod
-    def imagenet(cls, depth: int, *, classes: int = 1000, norm: str = "none") -> Self:
+    def imagenet(cls, depth: int, *, classes: int = 1000, norm: Norm = "none") -> Self:
         """VGG-11, 13, 16 or 19 for 224 x 224 images."""
         return cls(_stages(depth, 1.0), (4096, 4096), classes, 7, norm)
 

@@ -26,7 +26,7 @@ from jaxmerge.converters import (
 from jaxmerge.converters.families import FAMILIES
 from jaxmerge.converters.families.family import Family, batch_counters
 from jaxmerge.converters.families.rules import Rule, as_is
-from jaxmerge.models import MLP, MLPConfig
+from jaxmerge.models import MLP, MLPConfig, VGGConfig
 
 MODEL = MLPConfig((4, 5, 3))
 
@@ -164,6 +164,7 @@ def test_what_no_family_has_lists_why(tmp_path: Path) -> None:
             "model_type 'mpl_fc', which no family reads. Nearest: 'mlp_fc'",
         ),
         ({}, {"model_type": "mlp_fc", "width": 3}, "MLPConfig has no field 'width'"),
+        ({}, {"model_type": "mlp_fc", "activation": "rleu"}, "no such model: unknown 'rleu'"),
         (
             {},
             {"model_type": "mlp_fc", "features": 3},
@@ -211,6 +212,17 @@ def test_parameters_that_do_not_fit_are_not_written(
     with pytest.raises(CheckpointError, match=f"not the parameters of mlp_fc.*{message}"):
         save_model(tmp_path / "out", params, ModelConfig("mlp_fc", MODEL))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_description_of_a_model_that_cannot_be_is_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match="'mlp_fc' has a MLPConfig as config, found VGGConfig"
+    ):
+        ModelConfig("mlp_fc", VGGConfig(((4,),)))
+    with pytest.raises(CheckpointError, match=r"no family 'mlp_cf'. Nearest: 'mlp_fc'"):
+        ModelConfig("mlp_cf", MODEL)
+    with pytest.raises(CheckpointError, match=r"family vgg: no such model: norm 'bach' is none of"):
+        ModelConfig("vgg", VGGConfig(((4,),), norm="bach"))
 
 
 class Tied(nn.Module):

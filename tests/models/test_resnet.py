@@ -183,6 +183,8 @@ def test_norms_that_the_tensors_do_not_tell_apart_are_asked_for(tmp_path: Path) 
     torch.save(network(torch, config, CIFAR).state_dict(), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=r"'bn1' has no running statistics.*config="):
         load_model(tmp_path / "m.pth", family="resnet_cifar")
+    with pytest.raises(CheckpointError, match=r"ResNetConfig: norm: Input should be 'batch'"):
+        load_model(tmp_path / "m.pth", family="resnet_cifar", config={"norm": "instance"})
     with pytest.raises(CheckpointError, match=r"missing 'bn1.running_mean'"):
         load_model(tmp_path / "m.pth", family="resnet_cifar", config={"norm": "batch"})
 
