@@ -65,7 +65,8 @@ def settings(plan: Plan) -> list[dict[str, Any]]:
     """Returns how tensors were made: one entry for all that were made alike.
 
     Each has the action or the method with its options, the hyperparameters, the models and the
-    base as indices into the sources, and the tensors' names.
+    base as indices into the sources, and the tensors' names; for tensors that have other names in
+    the sources (layers that moved) those of the base, if there is one, and the models.
     """
     groups: dict[Hashable, dict[str, Any]] = {}
     for tensor in plan.tensors:
@@ -75,6 +76,9 @@ def settings(plan: Plan) -> list[dict[str, Any]]:
         if key not in groups:
             groups[key] = {**_made(plan, tensor), "names": []}
         groups[key]["names"].append(tensor.name)
+        given = [one.name for one in tensor.inputs]
+        if any(name != tensor.identity for name in given):
+            groups[key].setdefault("from", {})[tensor.name] = given
     return list(groups.values())
 
 

@@ -111,6 +111,24 @@ def test_a_record_of_another_form_is_refused(folder: Path, record: str) -> None:
         reproduce("a")
 
 
+def test_layers_that_moved_are_recorded_with_where_they_were(folder: Path) -> None:
+    for name in "ab":
+        tensors = load_checkpoint(name)
+        save_checkpoint(name, {**tensors, "layers.1.w": tensors["layers.0.w"] + 1})
+    text = """
+    merge_method: passthrough
+    slices:
+    - sources: [{model: a, layer_range: [0, 2]}]
+    - sources: [{model: b, layer_range: [1, 2]}]
+    """
+    run(make_plan(parse(text), out="stack"))
+    made = json.loads(Path("stack/jaxmerge.json").read_text())["tensors"]
+    assert made[-1]["names"] == ["layers.2.w", "head"]
+    assert made[-1]["from"] == {"layers.2.w": ["layers.1.w"]}
+    assert "from" not in made[0]
+    assert reproduce("stack").equal
+
+
 def test_the_metadata_say_how_every_tensor_was_made(folder: Path) -> None:
     merge("out.safetensors")
     with open_checkpoint("out.safetensors") as checkpoint:
