@@ -2,8 +2,8 @@
 
 A sample brackets the threshold, and a pass counts what lies above the bracket and at its ends, and gathers what lies
 inside. Where that is more than can be held it is counted by bins, and a further pass looks into one of them. A sample
-that misses costs passes, not exactness. Entries that are equal to the threshold are then shared among the tensors, and
-the last one that is kept is looked for where only some are.
+that misses costs passes, not exactness. Where only some of the entries that are equal to the threshold are kept, the
+last one of these is looked for in the one chunk that holds it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,34 @@ _DEVIATIONS = 5.0
 
 Ranked = Sequence[np.ndarray]
 Look = Callable[[str, int, Ranked], Any]
+Only = Callable[[str, int], bool]
 
 
 class Passes(Protocol):
-    """Makes a pass over the chunks of all tensors, or of those with some names.
+    """Makes a pass over the chunks of all tensors, or over some of them.
 
-    Calls a function with the name of a tensor, the flat index of the chunk's first value and one float32 array for each
-    ranking, perhaps in several threads; yields what it gives, in the chunks' order.
+    Calls `look` with the name of a tensor, the flat index of the chunk's first value and one float32 array for each
+    ranking, perhaps in several threads; yields what it gives, for each tensor in the order of its chunks. Chunks for
+    whose name and index `only` is false may be left out.
     """
 
-    def __call__(self, look: Look, names: Sequence[str] = ()) -> Iterator[Any]: ...
+    def __call__(self, look: Look, only: Only | None = None) -> Iterator[Any]: ...
 
 
 class _Threshold(NamedTuple):
-    """The key of the smallest kept value, how many of the entries equal to it are kept, and how many there are."""
+    """The smallest kept value.
+
+    Attributes:
+        key: its key.
+        kept: how many of the entries equal to it are kept.
+        equal: how many there are.
+        by_chunk: how many there are in each chunk, by name and index; None where that was not counted.
+    """
 
     key: int
     kept: int
     equal: int
+    by_chunk: Mapping[tuple[str, int], int] | None = None
 
 
 class _Bracket(NamedTuple):
@@ -83,23 +93,22 @@ def select_in_passes(
 
     Example:
         >>> values = {"a": np.array([0.5, 2.0], np.float32), "b": np.array([0.5, 1.0], np.float32)}
-        >>> def passes(look, names=()):
-        ...     return (look(name, 0, [values[name]]) for name in names or values)
+        >>> def passes(look, only=None):
+        ...     return (look(name, 0, [array]) for name, array in values.items())
         >>> found = select_in_passes(passes, [[3]], {"a": 2, "b": 2})
         >>> [int(found[name][0][0].cut) for name in values]
-        [1, -1]
+        [0, -1]
     """
     total = checked_total([(size,) for size in sizes.values()])
     wanted = {
         (i, j): min(max(int(k), 0), total) for i, ks in enumerate(counts) for j, k in enumerate(ks)
     }
     found = _thresholds(passes, wanted, sizes)
-    kept = _shares(passes, found, sizes)
-    cuts = {name: _cuts(passes, found, kept[name], name, size) for name, size in sizes.items()}
+    cuts = _cuts(passes, found, sizes)
     return {
         name: [
             tuple(
-                Selection(np.uint32(found[i, j].key), np.int32(cuts[name][i, j]))
+                Selection(np.uint32(found[i, j].key), np.int32(cuts[i, j][name]))
                 for j in range(len(ks))
             )
             for i, ks in enumerate(counts)
@@ -140,12 +149,15 @@ def _thresholds(
     while open_:
         counted = {place: _Counted(brackets[place]) for place in open_}
 
-        def split(name: str, start: int, ranked: Ranked, counted: Any = counted) -> list[Split]:
-            return [split_on_host(ranked[i], *one.bracket) for (i, _), one in counted.items()]
+        def split(
+            name: str, start: int, ranked: Ranked, counted: Any = counted
+        ) -> tuple[str, int, list[Split]]:
+            parts = [split_on_host(ranked[i], *one.bracket) for (i, _), one in counted.items()]
+            return name, start, parts
 
-        for parts in passes(split):
+        for name, start, parts in passes(split):
             for one, part in zip(counted.values(), parts, strict=True):
-                one.add(part)
+                one.add((name, start), part)
         for place, one in counted.items():
             outcome = one.kth(open_[place])
             if isinstance(outcome, _Threshold):
@@ -162,17 +174,20 @@ class _Counted:
     def __init__(self, bracket: _Bracket) -> None:
         self.bracket = bracket
         self._above = self._at_high = self._at_low = 0
-        self._inside: list[np.ndarray] = []
+        # By chunk: how many lie at the upper end and at the lower one, and the keys inside.
+        self._chunks: dict[tuple[str, int], tuple[int, int]] = {}
+        self._inside: dict[tuple[str, int], np.ndarray] = {}
         self._held = 0
         self._bins: np.ndarray | None = None
         self._shift = max(0, (bracket.high - bracket.low - 1).bit_length() - _BINS.bit_length() + 1)
 
-    def add(self, part: Split) -> None:
+    def add(self, chunk: tuple[str, int], part: Split) -> None:
         self._above += part.above
         self._at_high += part.at_high
         self._at_low += part.at_low
+        self._chunks[chunk] = part.at_high, part.at_low
         if part.inside.size:
-            self._inside.append(part.inside)
+            self._inside[chunk] = part.inside
             self._held += part.inside.size
             if self._held > _HELD:
                 self._sort_in()
@@ -184,21 +199,26 @@ class _Counted:
             return _Bracket(high, _LIMIT)
         k -= self._above
         if k <= self._at_high:
-            return _Threshold(high, k, self._at_high)
+            by_chunk = {chunk: at_high for chunk, (at_high, _) in self._chunks.items()}
+            return _Threshold(high, k, self._at_high, by_chunk)
         k -= self._at_high
         inside = self._held if self._bins is None else self._held + int(self._bins.sum())
         if k <= inside:
             return self._kth_by_bins(k) if self._bins is not None else self._kth_by_keys(k)
         k -= inside
         if k <= self._at_low:
-            return _Threshold(low, k, self._at_low)
+            by_chunk = {chunk: at_low for chunk, (_, at_low) in self._chunks.items()}
+            return _Threshold(low, k, self._at_low, by_chunk)
         return _Bracket(-1, low)
 
     def _kth_by_keys(self, k: int) -> _Threshold:
-        keys = np.concatenate(self._inside)
+        keys = np.concatenate(list(self._inside.values()))
         key = np.partition(keys, keys.size - k)[keys.size - k]
         kept = k - int(np.count_nonzero(keys > key))
-        return _Threshold(int(key), kept, int(np.count_nonzero(keys == key)))
+        by_chunk = {
+            chunk: int(np.count_nonzero(part == key)) for chunk, part in self._inside.items()
+        }
+        return _Threshold(int(key), kept, sum(by_chunk.values()), by_chunk)
 
     def _kth_by_bins(self, k: int) -> _Threshold | _Bracket:
         self._sort_in()
@@ -216,9 +236,12 @@ class _Counted:
         first = self.bracket.low + 1
         if self._bins is None:
             self._bins = np.zeros((self.bracket.high - first - 1 >> self._shift) + 1, np.int64)
-        keys = np.concatenate([*self._inside, np.zeros(0, np.uint32)]).astype(np.int64) - first
+        keys = (
+            np.concatenate([*self._inside.values(), np.zeros(0, np.uint32)]).astype(np.int64)
+            - first
+        )
         self._bins += np.bincount(keys >> self._shift, minlength=self._bins.size)
-        self._inside, self._held = [], 0
+        self._inside, self._held = {}, 0
 
 
 def _sampled_brackets(
@@ -253,70 +276,71 @@ def _sampled_brackets(
     return brackets
 
 
-def _shares(
+def _cuts(
     passes: Passes, found: Mapping[Place, _Threshold], sizes: Mapping[str, int]
-) -> dict[str, dict[Place, tuple[int, int]]]:
-    """By tensor and selection: how many entries at the threshold are kept, and how many there are."""
-    if len(sizes) == 1:
-        return {
-            name: {place: (one.kept, one.equal) for place, one in found.items()} for name in sizes
-        }
-    # Where all are kept, or none, it does not matter how many they are.
-    kept = {
-        name: {place: (min(one.kept, 1), min(one.kept, 1)) for place, one in found.items()}
-        for name in sizes
+) -> dict[Place, dict[str, int]]:
+    """By tensor, the index of the last entry at the threshold that is kept: the last index of all where all are."""
+    cuts = {
+        place: {name: size - 1 if one.kept else -1 for name, size in sizes.items()}
+        for place, one in found.items()
     }
     split = {place: one for place, one in found.items() if 0 < one.kept < one.equal}
-    if not split:
-        return kept
-    equal = {name: np.zeros(len(split), np.int64) for name in sizes}
+    sought = {}
+    for place, by_chunk in _by_chunk(passes, split).items():
+        (name, start), nth = _chunk_of(by_chunk, list(sizes), split[place].kept)
+        sought[place] = name, start, nth
+        for later in list(sizes)[list(sizes).index(name) + 1 :]:
+            cuts[place][later] = -1
 
-    def count(name: str, start: int, ranked: Ranked) -> tuple[str, list[int]]:
-        return name, [
-            int(np.count_nonzero(keys_on_host(ranked[i]) == one.key))
-            for (i, _), one in split.items()
-        ]
+    def find(name: str, start: int, ranked: Ranked) -> dict[Place, int]:
+        return {
+            place: start
+            + int(np.flatnonzero(keys_on_host(ranked[place[0]]) == found[place].key)[nth - 1])
+            for place, (chosen, begin, nth) in sought.items()
+            if (chosen, begin) == (name, start)
+        }
 
-    for name, numbers in passes(count):
-        equal[name] += numbers
-    for column, (place, one) in enumerate(split.items()):
-        left = one.kept
-        for name in sizes:
-            there = int(equal[name][column])
-            kept[name][place] = (min(left, there), there)
-            left -= min(left, there)
-    return kept
-
-
-def _cuts(
-    passes: Passes,
-    found: Mapping[Place, _Threshold],
-    kept: Mapping[Place, tuple[int, int]],
-    name: str,
-    size: int,
-) -> dict[Place, int]:
-    """The index of a tensor's last entry at the threshold that is kept; its last index where all are."""
-    cuts = {place: size - 1 if 0 < mine == there else -1 for place, (mine, there) in kept.items()}
-    left = {place: mine for place, (mine, there) in kept.items() if 0 < mine < there}
-    if not left:
-        return cuts
-    sought = list(left)
-
-    def count(name: str, start: int, ranked: Ranked) -> tuple[int, list[int], Ranked]:
-        numbers = [
-            int(np.count_nonzero(keys_on_host(ranked[i]) == found[i, j].key)) for i, j in sought
-        ]
-        return start, numbers, ranked
-
-    for start, numbers, ranked in passes(count, [name]):
-        for place, number in zip(sought, numbers, strict=True):
-            if place not in left:
-                continue
-            if left[place] <= number:
-                equal = np.flatnonzero(keys_on_host(ranked[place[0]]) == found[place].key)
-                cuts[place] = start + int(equal[left.pop(place) - 1])
-            else:
-                left[place] -= number
-        if not left:
-            break
+    if sought:
+        chunks = {(name, start) for name, start, _ in sought.values()}
+        for places in passes(find, lambda name, start: (name, start) in chunks):
+            for place, index in places.items():
+                cuts[place][sought[place][0]] = index
     return cuts
+
+
+def _by_chunk(
+    passes: Passes, split: Mapping[Place, _Threshold]
+) -> dict[Place, Mapping[tuple[str, int], int]]:
+    """How many entries at the threshold each chunk has, counted by one more pass where that is not known."""
+    known = {place: one.by_chunk for place, one in split.items() if one.by_chunk is not None}
+    rest = {place: one for place, one in split.items() if one.by_chunk is None}
+    if not rest:
+        return known
+    counted: dict[Place, dict[tuple[str, int], int]] = {place: {} for place in rest}
+
+    def count(name: str, start: int, ranked: Ranked) -> tuple[str, int, list[int]]:
+        return (
+            name,
+            start,
+            [
+                int(np.count_nonzero(keys_on_host(ranked[i]) == one.key))
+                for (i, _), one in rest.items()
+            ],
+        )
+
+    for name, start, numbers in passes(count):
+        for place, number in zip(rest, numbers, strict=True):
+            counted[place][name, start] = number
+    return {**known, **counted}
+
+
+def _chunk_of(
+    by_chunk: Mapping[tuple[str, int], int], names: Sequence[str], nth: int
+) -> tuple[tuple[str, int], int]:
+    """The chunk that holds the nth of the entries that are counted, and which one of its own that is."""
+    rank = {name: place for place, name in enumerate(names)}
+    for chunk in sorted(by_chunk, key=lambda chunk: (rank[chunk[0]], chunk[1])):
+        if nth <= by_chunk[chunk]:
+            return chunk, nth
+        nth -= by_chunk[chunk]
+    raise AssertionError("no more entries are kept than there are")

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmerge.methods.leaf import Select, Sums
 from jaxmerge.methods.selection import select_in_passes
-from jaxmerge.methods.selection.stream import Look
+from jaxmerge.methods.selection.stream import Look, Only
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.streaming.grouping import Group
 from jaxmerge.recipes.streaming.numbers import Numbers, merged_once
@@ -90,14 +90,13 @@ def _selections(
     begin: Callable[[Group], Work],
     total: int,
 ) -> Any:
-    def passes(look: Look, names: Sequence[str] = ()) -> Iterator[Any]:
+    def passes(look: Look, only: Only | None = None) -> Iterator[Any]:
         def ranked(group: Group) -> Iterator[Any]:
             work = begin(group)
             work.measure(known, before=one)
-            return work.ranked(one, look)
+            return work.ranked(one, look, only)
 
-        chosen = [tensor for tensor in tensors if not names or tensor.identity in names]
-        return over(chosen, ranked)
+        return over(tensors, ranked)
 
     first = next(over(tensors[:1], lambda group: iter([begin(group)])))
     # The share is that of the model, and so the same for every tensor.

@@ -24,7 +24,7 @@ from jaxmerge.methods.measuring import (
     statistics_of,
 )
 from jaxmerge.methods.selection import Selection, select_in_passes, select_rows_on_host
-from jaxmerge.methods.selection.stream import Look
+from jaxmerge.methods.selection.stream import Look, Only
 from jaxmerge.recipes.inputs import read
 from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.streaming.cuts import Cut
@@ -138,20 +138,25 @@ class Work:
             result = finished(one, self._stacked, self._per_tensor, total, self._values, self.found)
             return jax.tree.map(np.asarray, result)
 
-    def ranked(self, one: Select, look: Look) -> Iterator[Any]:
+    def ranked(self, one: Select, look: Look, only: Only | None) -> Iterator[Any]:
         """Makes a pass over the values that a measure ranks, tensor by tensor: see `selection.stream.Passes`."""
         group = self.group
+        name = group.tensors[0].identity
 
         def over(cut: Cut, chunk: Chunk, found: Found) -> list[Any]:
             ranked = self._ranked(one, chunk, found)
             if not self._stacked:
-                return [look(group.tensors[0].identity, cut.start, ranked)]
+                return [look(name, cut.start, ranked)]
             return [
                 look(tensor.identity, 0, [values[row] for values in ranked])
                 for row, tensor in enumerate(group.tensors)
+                if only is None or only(tensor.identity, 0)
             ]
 
-        for results in self._over(over, before=one):
+        cuts = group.cuts
+        if only is not None and not self._stacked:
+            cuts = tuple(cut for cut in cuts if only(name, cut.start))
+        for results in self._over(over, before=one, cuts=cuts):
             yield from results
 
     def counts(self, one: Select, size: int) -> list[tuple[Any, ...]]:
@@ -190,8 +195,8 @@ class Work:
         if len(group.cuts) > 1 or not whole:
             name = group.tensors[0].identity
 
-            def passes(look: Look, names: Sequence[str] = ()) -> Iterator[Any]:
-                return self.ranked(one, look)
+            def passes(look: Look, only: Only | None = None) -> Iterator[Any]:
+                return self.ranked(one, look, only)
 
             return select_in_passes(passes, counts, {name: group.size})[name]
         (ranked,) = self._over(
@@ -231,6 +236,7 @@ class Work:
         function: Callable[[Cut, Chunk, Found], Any],
         *,
         before: Measure | None = None,
+        cuts: Sequence[Cut] | None = None,
         forget: bool = False,
     ) -> Iterator[Any]:
         """Gives what a function makes of each cut, in order; the function gets what is found before a measure."""
@@ -242,7 +248,7 @@ class Work:
                     self._kept.pop(cut, None)
                 return function(cut, chunk, self._seen(chunk, before))
 
-        cuts = self.group.cuts
+        cuts = self.group.cuts if cuts is None else cuts
         if len(cuts) == 1:
             return iter([look(cuts[0])])
         return each(self._shop.pool, look, cuts, self._shop.ahead)
