@@ -1,12 +1,15 @@
 """Interrupted merges: the same command finishes them, and nothing tells that they were interrupted."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from jaxmerge.converters.partial_file import PartialFile
 from jaxmerge.recipes import PlanError, make_plan, parse, run
 from jaxmerge.recipes.journal import Journal
 from jaxmerge.recipes.output import UNFINISHED, journal_of
+from jaxmerge.recipes.processes import OtherProcessError, Processes
 
 RECIPE = """
 merge_method: linear
@@ -387,3 +391,55 @@ def test_source_hashes_follow_the_merge_and_are_those_of_the_files(folder: Path)
     for source in record["sources"]:
         expected = hashlib.sha256(Path(source["name"], "model.safetensors").read_bytes())
         assert source["files"][0]["sha256"] == expected.hexdigest()
+
+
+class Together(Processes):
+    """Two processes in two threads."""
+
+    def __init__(self, index: int, barrier: threading.Barrier) -> None:
+        super().__init__(index, 2)
+        self.barrier = barrier
+
+    def meet(self, text: str = "") -> list[str]:
+        try:
+            self.barrier.wait(60)
+        except threading.BrokenBarrierError:
+            raise OtherProcessError("the other one has failed") from None
+        return [text, text]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+
+def test_what_two_processes_have_finished_one_goes_on_with(folder: Path) -> None:
+    barrier, names = threading.Barrier(2), [list[str]() for _ in range(2)]
+
+    def share(index: int) -> None:
+        def step(name: str, *_: object) -> None:
+            names[index].append(name)
+            if index == 1 and len(names[1]) == 5:
+                raise Stop
+
+        processes = Together(index, barrier)
+        plan = make_plan(parse(RECIPE), out="out")
+        with contextlib.suppress(Stop, OtherProcessError):
+            run(plan, shard_size=SHARD, progress=step, processes=processes)
+
+    threads = [threading.Thread(target=share, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(one) for one in names] == [TENSORS // 2, 5]
+    assert len(list(Path("out").glob("jaxmerge-unfinished*.jsonl"))) == 2
+    rest: list[str] = []
+    merge("out", progress=lambda name, *_: rest.append(name))
+    assert set(rest) == {f"layers.{i}.weight" for i in range(TENSORS)} - {*names[0], *names[1]}
+    Path("undisturbed").mkdir()
+    merge("undisturbed/out")
+    assert files("out") == files("undisturbed/out")
