@@ -18,13 +18,11 @@ from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
     activation_to,
-    dense,
-    embedding,
     heads_of,
-    norm,
     require,
     require_config,
 )
+from jaxmerge.converters.families.layers import dense, embedding, norm
 from jaxmerge.converters.families.rules import Rule, as_is
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.bert import Bert, BertConfig

@@ -22,27 +22,27 @@ _HEAD = 64
 def _rules(config: CCTConfig) -> list[Rule]:
     rules = []
     for i in range(len(config.tokenizer)):
-        rules += layers.conv(f"tokenizer.conv_layers.{i}.0", f"conv_{i}")
+        rules += layers.conv(f"tokenizer.conv_layers.{i}.0", f"params/conv_{i}")
     if config.positions:
         rules.append(Rule("classifier.positional_emb", "params/positions", as_is()))
     for i in range(config.layers):
         name, path = f"classifier.blocks.{i}", f"block_{i}"
-        rules += layers.norm(f"{name}.pre_norm", f"{path}/pre_norm", "layer")
+        rules += layers.norm(f"{name}.pre_norm", f"params/{path}/pre_norm")
         rules += layers.attention(
             f"{name}.self_attn.qkv",
             f"{name}.self_attn.proj",
-            f"{path}/attention",
+            f"params/{path}/attention",
             width=config.width,
             bias=False,
         )
-        rules += layers.norm(f"{name}.norm1", f"{path}/norm", "layer")
-        rules += layers.dense(f"{name}.linear1", f"{path}/fc1")
-        rules += layers.dense(f"{name}.linear2", f"{path}/fc2")
+        rules += layers.norm(f"{name}.norm1", f"params/{path}/norm")
+        rules += layers.dense(f"{name}.linear1", f"params/{path}/fc1")
+        rules += layers.dense(f"{name}.linear2", f"params/{path}/fc2")
     return [
         *rules,
-        *layers.norm("classifier.norm", "norm", "layer"),
-        *layers.dense("classifier.attention_pool", "pool"),
-        *layers.dense("classifier.fc", "head"),
+        *layers.norm("classifier.norm", "params/norm"),
+        *layers.dense("classifier.attention_pool", "params/pool"),
+        *layers.dense("classifier.fc", "params/head"),
     ]
 
 

@@ -13,12 +13,10 @@ from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
     activation_to,
-    dense,
-    embedding,
     heads_of,
-    norm,
     require_config,
 )
+from jaxmerge.converters.families.layers import dense, embedding, norm
 from jaxmerge.converters.families.rules import Rule, as_is
 from jaxmerge.converters.families.vit import pair, patch_rules
 from jaxmerge.converters.tensor_info import TensorInfo

@@ -20,12 +20,10 @@ from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
     activation_to,
-    dense,
-    embedding,
-    norm,
     require,
     require_config,
 )
+from jaxmerge.converters.families.layers import dense, embedding, norm
 from jaxmerge.converters.families.rules import Rule, linear
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.decoder import Decoder, DecoderConfig, LayerKind

@@ -19,12 +19,12 @@ from jaxmerge.models.pilotnet import PilotNet, PilotNetConfig
 def _pilotnet_rules(config: PilotNetConfig) -> list[Rule]:
     rules = []
     for i in range(len(config.convolutions)):
-        rules += layers.conv(f"conv{i + 1}", f"conv_{i}", bias=True)
+        rules += layers.conv(f"conv{i + 1}", f"params/conv_{i}", bias=True)
     widths = (*config.hidden, config.outputs)
     features = (*config.feature_map, config.convolutions[-1][0])
-    rules += layers.flattened_dense("fc1", "dense_0", features, widths[0])
+    rules += layers.flattened_dense("fc1", "params/dense_0", features, widths[0])
     for i in range(1, len(widths)):
-        rules += layers.dense(f"fc{i + 1}", f"dense_{i}")
+        rules += layers.dense(f"fc{i + 1}", f"params/dense_{i}")
     return rules
 
 
@@ -55,21 +55,21 @@ def _pilotnet_config(json: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 def _transformer_rules(config: DrivingTransformerConfig) -> list[Rule]:
     rules = [Rule("positions", "params/positions", as_is())]
     for i in range(len(config.stem)):
-        rules += layers.conv(f"stem.{i}.conv", f"conv_{i}", bias=True)
-        rules += layers.norm(f"stem.{i}.norm", f"norm_{i}", config.norm)
+        rules += layers.conv(f"stem.{i}.conv", f"params/conv_{i}", bias=True)
+        rules += layers.norm_of_kind(f"stem.{i}.norm", f"params/norm_{i}", config.norm)
     for i in range(config.layers):
         name, path = f"blocks.{i}", f"block_{i}"
-        rules += layers.norm(f"{name}.norm1", f"{path}/norm1", "layer")
+        rules += layers.norm(f"{name}.norm1", f"params/{path}/norm1")
         rules += layers.attention(
             f"{name}.attention.qkv",
             f"{name}.attention.proj",
-            f"{path}/attention",
+            f"params/{path}/attention",
             width=config.width,
         )
-        rules += layers.norm(f"{name}.norm2", f"{path}/norm2", "layer")
-        rules += layers.dense(f"{name}.mlp.fc1", f"{path}/fc1")
-        rules += layers.dense(f"{name}.mlp.fc2", f"{path}/fc2")
-    return [*rules, *layers.norm("norm", "norm", "layer"), *layers.dense("head", "head")]
+        rules += layers.norm(f"{name}.norm2", f"params/{path}/norm2")
+        rules += layers.dense(f"{name}.mlp.fc1", f"params/{path}/fc1")
+        rules += layers.dense(f"{name}.mlp.fc2", f"params/{path}/fc2")
+    return [*rules, *layers.norm("norm", "params/norm"), *layers.dense("head", "params/head")]
 
 
 def _transformer_config(

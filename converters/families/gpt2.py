@@ -17,11 +17,10 @@ from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
     activation_to,
-    embedding,
-    norm,
     require,
     require_config,
 )
+from jaxmerge.converters.families.layers import embedding, norm
 from jaxmerge.converters.families.rules import Rule, Transform, as_is, linear
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.gpt2 import GPT2, GPT2Config

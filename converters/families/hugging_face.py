@@ -1,4 +1,4 @@
-"""What the tables of Hugging Face layouts share: rules of common layers, and fields of config.json."""
+"""What the tables of Hugging Face layouts share: the fields of config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmerge.converters.errors import CheckpointError, nearest
-from jaxmerge.converters.families.rules import Rule, Transform, as_is, linear
 from jaxmerge.models.activations import ACTIVATIONS
 
 # Where transformers calls a function by another name than `ACTIVATIONS`.
@@ -16,28 +15,6 @@ _RENAMED = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "swish": "silu",
 }
-
-
-def dense(name: str, path: str, *, bias: bool = True) -> list[Rule]:
-    """The rules of a `Linear` that is a flax `Dense`."""
-    rules = [Rule(f"{name}.weight", f"{path}/kernel", linear())]
-    return [*rules, Rule(f"{name}.bias", f"{path}/bias", as_is())] if bias else rules
-
-
-def norm(name: str, path: str, *, weight: str = "weight", bias: str | None = "bias") -> list[Rule]:
-    """The rules of a layer norm, or with no bias of an RMS norm; the names of its vectors in the checkpoint."""
-    rules = [Rule(f"{name}.{weight}", f"{path}/scale", as_is())]
-    return rules if bias is None else [*rules, Rule(f"{name}.{bias}", f"{path}/bias", as_is())]
-
-
-def embedding(name: str, path: str) -> Rule:
-    """The rule of an `Embedding` that is a flax `Embed`."""
-    return Rule(f"{name}.weight", f"{path}/embedding", as_is())
-
-
-def reshaped(*shape: int) -> Transform:
-    """The same elements in the same order, in the checkpoint's shape."""
-    return Transform(shape=shape)
 
 
 def require_config(json: Mapping[str, Any]) -> None:

@@ -22,7 +22,10 @@ from jaxmerge.models.inverted_residual import (
 
 
 def _pair(convolution: str, norm: str, path: str) -> list[Rule]:
-    return [*layers.conv(convolution, f"{path}/conv"), *layers.norm(norm, f"{path}/norm")]
+    return [
+        *layers.conv(convolution, f"params/{path}/conv"),
+        *layers.norm_of_kind(norm, f"params/{path}/norm"),
+    ]
 
 
 def _mobilenet_rules(config: InvertedResidualConfig) -> list[Rule]:
@@ -35,7 +38,11 @@ def _mobilenet_rules(config: InvertedResidualConfig) -> list[Rule]:
         rules += _pair(f"{name}.{at}.0", f"{name}.{at}.1", f"block_{i}_depthwise")
         rules += _pair(f"{name}.{at + 1}", f"{name}.{at + 2}", f"block_{i}_project")
     last = f"features.{len(config.blocks) + 1}"
-    return [*rules, *_pair(f"{last}.0", f"{last}.1", "last"), *layers.dense("classifier.1", "head")]
+    return [
+        *rules,
+        *_pair(f"{last}.0", f"{last}.1", "last"),
+        *layers.dense("classifier.1", "params/head"),
+    ]
 
 
 def _efficientnet_rules(config: InvertedResidualConfig) -> list[Rule]:
@@ -46,7 +53,7 @@ def _efficientnet_rules(config: InvertedResidualConfig) -> list[Rule]:
             rules += _pair(f"{name}._expand_conv", f"{name}._bn0", f"block_{i}_expand")
         rules += _pair(f"{name}._depthwise_conv", f"{name}._bn1", f"block_{i}_depthwise")
         rules += _pair(f"{name}._project_conv", f"{name}._bn2", f"block_{i}_project")
-    return [*rules, *_pair("_conv_head", "_bn1", "last"), *layers.dense("_fc", "head")]
+    return [*rules, *_pair("_conv_head", "_bn1", "last"), *layers.dense("_fc", "params/head")]
 
 
 def _mobilenet_config(

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 from jaxmerge.converters.errors import CheckpointError, nearest
 from jaxmerge.converters.families.rules import Rule, Transform, as_is, convolution, linear
 from jaxmerge.converters.tensor_info import TensorInfo
+from jaxmerge.models.layers import Norm
 
 
-def dense(name: str, path: str) -> list[Rule]:
-    """A `Linear` with a bias as a `Dense`."""
-    return [
-        Rule(f"{name}.weight", f"params/{path}/kernel", linear()),
-        Rule(f"{name}.bias", f"params/{path}/bias", as_is()),
-    ]
+def dense(name: str, path: str, *, bias: bool = True) -> list[Rule]:
+    """The rules of a `Linear` that is a flax `Dense`."""
+    rules = [Rule(f"{name}.weight", f"{path}/kernel", linear())]
+    return [*rules, Rule(f"{name}.bias", f"{path}/bias", as_is())] if bias else rules
 
 
 def flattened_dense(name: str, path: str, features: tuple[int, int, int], width: int) -> list[Rule]:
-    """A `Linear` over a flattened feature map as a `DenseGeneral` over its three axes.
+    """The rules of a `Linear` over a flattened feature map that is a `DenseGeneral` over its three axes.
 
     PyTorch flattens channels before rows before columns; the kernel here is [height, width, channels, out].
 
@@ -35,35 +34,49 @@ def flattened_dense(name: str, path: str, features: tuple[int, int, int], width:
     height, columns, channels = features
     shape = (width, channels * height * columns)
     return [
-        Rule(f"{name}.weight", f"params/{path}/kernel", Transform((3, 2, 0, 1), shape)),
-        Rule(f"{name}.bias", f"params/{path}/bias", as_is()),
+        Rule(f"{name}.weight", f"{path}/kernel", Transform((3, 2, 0, 1), shape)),
+        Rule(f"{name}.bias", f"{path}/bias", as_is()),
     ]
 
 
 def conv(name: str, path: str, *, bias: bool = False) -> list[Rule]:
-    """A `Conv2d`, depthwise or not."""
-    rules = [Rule(f"{name}.weight", f"params/{path}/kernel", convolution())]
-    return [*rules, Rule(f"{name}.bias", f"params/{path}/bias", as_is())] if bias else rules
+    """The rules of a `Conv2d`, depthwise or not."""
+    rules = [Rule(f"{name}.weight", f"{path}/kernel", convolution())]
+    return [*rules, Rule(f"{name}.bias", f"{path}/bias", as_is())] if bias else rules
 
 
-def norm(name: str, path: str, kind: str = "batch") -> list[Rule]:
-    """A normalisation out of `jaxmerge.models.layers.Norm`."""
+def norm(name: str, path: str, *, weight: str = "weight", bias: str | None = "bias") -> list[Rule]:
+    """The rules of a layer norm, or with no bias of an RMS norm; the names of its vectors in the checkpoint."""
+    rules = [Rule(f"{name}.{weight}", f"{path}/scale", as_is())]
+    return rules if bias is None else [*rules, Rule(f"{name}.{bias}", f"{path}/bias", as_is())]
+
+
+def norm_of_kind(name: str, path: str, kind: Norm = "batch") -> list[Rule]:
+    """The rules of a norm of images; `path` is that of its parameters."""
     if kind == "none":
         return []
-    rules = [
-        Rule(f"{name}.weight", f"params/{path}/scale", as_is()),
-        Rule(f"{name}.bias", f"params/{path}/bias", as_is()),
+    if kind != "batch":
+        return norm(name, path)
+    statistics = path.replace("params/", "batch_stats/", 1)
+    return [
+        *norm(name, path),
+        Rule(f"{name}.running_mean", f"{statistics}/mean", as_is()),
+        Rule(f"{name}.running_var", f"{statistics}/var", as_is()),
     ]
-    if kind == "batch":
-        rules += [
-            Rule(f"{name}.running_mean", f"batch_stats/{path}/mean", as_is()),
-            Rule(f"{name}.running_var", f"batch_stats/{path}/var", as_is()),
-        ]
-    return rules
+
+
+def embedding(name: str, path: str) -> Rule:
+    """The rule of an `Embedding` that is a flax `Embed`."""
+    return Rule(f"{name}.weight", f"{path}/embedding", as_is())
+
+
+def reshaped(*shape: int) -> Transform:
+    """The same elements in the same order, in the checkpoint's shape."""
+    return Transform(shape=shape)
 
 
 def attention(qkv: str, out: str, path: str, *, width: int, bias: bool = True) -> list[Rule]:
-    """Fused attention as a `SelfAttention`, whose kernels have an axis for the heads.
+    """The rules of fused attention that is a `SelfAttention`, whose kernels have an axis for the heads.
 
     Args:
       qkv: name of the fused projection [3 * width, width]: queries, keys, values, each head by head.
@@ -73,15 +86,14 @@ def attention(qkv: str, out: str, path: str, *, width: int, bias: bool = True) -
       bias: whether the fused projection has one.
     """
     fused = Transform((1, 2, 3, 0), (3 * width, width))
-    rules = [Rule(f"{qkv}.weight", f"params/{path}/qkv/kernel", fused)]
+    rules = [Rule(f"{qkv}.weight", f"{path}/qkv/kernel", fused)]
     if bias:
-        shape = Transform(shape=(3 * width,))
-        rules.append(Rule(f"{qkv}.bias", f"params/{path}/qkv/bias", shape))
+        rules.append(Rule(f"{qkv}.bias", f"{path}/qkv/bias", reshaped(3 * width)))
     mixed = Transform((2, 0, 1), (width, width))
     return [
         *rules,
-        Rule(f"{out}.weight", f"params/{path}/out/kernel", mixed),
-        Rule(f"{out}.bias", f"params/{path}/out/bias", as_is()),
+        Rule(f"{out}.weight", f"{path}/out/kernel", mixed),
+        Rule(f"{out}.bias", f"{path}/out/bias", as_is()),
     ]
 
 

@@ -33,7 +33,7 @@ def _rules(layer: Callable[[int], str], config: MLPConfig) -> list[Rule]:
     return [
         rule
         for i in range(len(config.features) - 1)
-        for rule in layers.dense(layer(i), f"dense_{i}")
+        for rule in layers.dense(layer(i), f"params/dense_{i}")
     ]
 
 

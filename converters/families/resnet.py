@@ -16,17 +16,22 @@ from jaxmerge.models.resnet import EXPANSION, Block, ResNet, ResNetConfig
 
 
 def _rules(shortcut: str, head: str, config: ResNetConfig) -> list[Rule]:
-    rules = [*layers.conv("conv1", "conv1"), *layers.norm("bn1", "norm1", config.norm)]
+    rules = [
+        *layers.conv("conv1", "params/conv1"),
+        *layers.norm_of_kind("bn1", "params/norm1", config.norm),
+    ]
     for stage, count in enumerate(config.blocks):
         for i in range(count):
             name, path = f"layer{stage + 1}.{i}", f"stage{stage + 1}_{i}"
             for n in range(1, 4 if config.block == "bottleneck" else 3):
-                rules += layers.conv(f"{name}.conv{n}", f"{path}/conv{n}")
-                rules += layers.norm(f"{name}.bn{n}", f"{path}/norm{n}", config.norm)
+                rules += layers.conv(f"{name}.conv{n}", f"params/{path}/conv{n}")
+                rules += layers.norm_of_kind(f"{name}.bn{n}", f"params/{path}/norm{n}", config.norm)
             if config.shortcut == "projection" and config.changes_shape(stage, i):
-                rules += layers.conv(f"{name}.{shortcut}.0", f"{path}/shortcut_conv")
-                rules += layers.norm(f"{name}.{shortcut}.1", f"{path}/shortcut_norm", config.norm)
-    return [*rules, *layers.dense(head, "head")]
+                rules += layers.conv(f"{name}.{shortcut}.0", f"params/{path}/shortcut_conv")
+                rules += layers.norm_of_kind(
+                    f"{name}.{shortcut}.1", f"params/{path}/shortcut_norm", config.norm
+                )
+    return [*rules, *layers.dense(head, "params/head")]
 
 
 def _config_of(

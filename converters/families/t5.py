@@ -12,11 +12,9 @@ from jaxmerge.converters.errors import CheckpointError
 from jaxmerge.converters.families.family import Family
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
-    dense,
-    embedding,
-    norm,
     require_config,
 )
+from jaxmerge.converters.families.layers import dense, embedding, norm
 from jaxmerge.converters.families.rules import Rule
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.t5 import T5, T5Config

@@ -35,15 +35,17 @@ def _rules(classifier: Callable[[int], str], config: VGGConfig) -> list[Rule]:
     has_norm = config.norm != "none"
     for stage, widths in enumerate(config.stages):
         for i in range(len(widths)):
-            rules += layers.conv(f"features.{at}", f"conv{stage}_{i}", bias=True)
-            rules += layers.norm(f"features.{at + 1}", f"norm{stage}_{i}", config.norm)
+            rules += layers.conv(f"features.{at}", f"params/conv{stage}_{i}", bias=True)
+            rules += layers.norm_of_kind(
+                f"features.{at + 1}", f"params/norm{stage}_{i}", config.norm
+            )
             at += 3 if has_norm else 2
         at += 1
     features = (config.pool, config.pool, config.stages[-1][-1])
     widths = (*config.hidden, config.classes)
-    rules += layers.flattened_dense(classifier(0), "dense_0", features, widths[0])
+    rules += layers.flattened_dense(classifier(0), "params/dense_0", features, widths[0])
     for i in range(1, len(widths)):
-        rules += layers.dense(classifier(i), f"dense_{i}")
+        rules += layers.dense(classifier(i), f"params/dense_{i}")
     return rules
 
 

@@ -14,12 +14,10 @@ from jaxmerge.converters.families.family import Family, from_plain_json
 from jaxmerge.converters.families.hugging_face import (
     activation_of,
     activation_to,
-    dense,
     heads_of,
-    norm,
     require_config,
-    reshaped,
 )
+from jaxmerge.converters.families.layers import dense, norm, reshaped
 from jaxmerge.converters.families.rules import Rule, as_is, convolution
 from jaxmerge.converters.tensor_info import TensorInfo
 from jaxmerge.models.vit import ViT, ViTConfig
