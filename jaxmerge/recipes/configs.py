@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxmerge.converters import CheckpointError
 from jaxmerge.recipes.layers import is_layer_count, role_of
 from jaxmerge.recipes.tokenizers import vocabulary_keys
 
@@ -33,12 +34,21 @@ class Stacked(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Returns a model's `config.json`, if there is one that can be read."""
+    """Returns a model's `config.json`, if there is one.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
         return None
-    return config if isinstance(config, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return config
 
 
 def with_layers(config: Mapping[str, Any], stacked: Stacked) -> dict[str, Any]:

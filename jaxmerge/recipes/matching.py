@@ -119,10 +119,19 @@ class Matcher:
                 origins.append((lead.config, first + offset))
                 place_in_output += 1
             differences.report()
+        self._note_more_at_the_end(parts)
         yield from self._outside(*parts[-1], stacks[-1], of_input=False)
         if output:
             donor = self._anatomy(0)
             self.stacked.append(Stacked(output, donor.counts.get(output, 0), origins))
+
+    def _note_more_at_the_end(self, parts: Sequence[tuple[int, Part]]) -> None:
+        first, last = (len(part.sources) for part in (parts[0][1], parts[-1][1]))
+        if last > first:
+            self.notes.append(
+                f"what comes after the last layer is merged of the last slice's {last} models; "
+                f"mergekit takes only as many of them as the first slice has ({first})"
+            )
 
     def _layer(
         self,
