@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,14 @@ from jaxmerge.recipes.tokenizers import (
     is_named_table,
     may_be_table,
     plan_vocabulary,
+    read_json,
     read_tokenizer,
     rows_for,
     tokenizer_files,
     vocabulary_size,
 )
+
+_GENERATION = "generation_config.json"
 
 
 class EmbeddingRows:
@@ -62,7 +66,7 @@ class EmbeddingRows:
             try:
                 self.vocabulary = self._plan()
                 self.notes += self.vocabulary.notes
-                self._note_first()
+                self._note_size()
             except (CheckpointError, OSError) as error:
                 self._problem(str(error))
 
@@ -144,10 +148,17 @@ class EmbeddingRows:
         try:
             folder = self._folder(self._models[0]) if tokenizer is None else tokenizer.folder
             changed = self.vocabulary is not None and self.vocabulary.changed
-            return tokenizer_files(folder, tokenizer if changed else None, template)
+            files = tokenizer_files(folder, tokenizer if changed else None, template)
+            return replace(files, written={**files.written, **self._generation()})
         except CheckpointError as error:
             self._problem(str(error), "chat_template")
             return None
+
+    def _generation(self) -> dict[str, str]:
+        """The donor's settings of generation, if they name tokens by ids that have moved."""
+        config = read_json(self._folder(self._resolved.donor), _GENERATION) or {}
+        moved = self.moved(config)
+        return {_GENERATION: json.dumps({**config, **moved}, indent=2) + "\n"} if moved else {}
 
     def moved(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the entries of a config that name tokens by ids, where those ids have moved.
@@ -204,9 +215,20 @@ class EmbeddingRows:
             pad_to_multiple_of=tokenizer.pad_to_multiple_of,
         )
 
-    def _note_first(self) -> None:
-        recipe = self._resolved.recipe
+    def _note_size(self) -> None:
+        recipe, vocabulary = self._resolved.recipe, self.vocabulary
         assert recipe.tokenizer is not None
+        assert vocabulary is not None
+        lacking = [
+            f"{int((own < 0).sum())} missing in {model.name}"
+            for model, own in zip(vocabulary.models, vocabulary.places, strict=True)
+            if (own < 0).any()
+        ]
+        padding = f" and {vocabulary.padding} more rows" if vocabulary.padding else ""
+        self.notes.append(
+            f"the output has {len(vocabulary.tokens)} tokens{padding}"
+            + (f": {', '.join(lacking)}" if lacking else "")
+        )
         if recipe.base_model is None and recipe.tokenizer.source in ("union", "base"):
             self.notes.append(
                 f"without a `base_model` the tokenizer is based on {self._models[0]}'s, the first "

@@ -408,7 +408,13 @@ class _Planner:
         for stacked in matcher.stacked:
             config = with_layers(config, stacked)
         if self.rows.vocabulary is not None:
-            config = with_vocabulary(config, self.rows.vocabulary.size, self.rows.moved(config))
+            moved = self.rows.moved(config)
+            config = with_vocabulary(config, self.rows.vocabulary.size, moved)
+            if moved:
+                self.notes.append(
+                    f"config.json: {', '.join(moved)} follow their tokens; mergekit leaves the ids of the "
+                    "base"
+                )
         tied = {name for group in self.ties for name in group}
         tables = any(layers.is_token_table(tensor.name) for tensor in self.tensors)
         heads = [tensor.name for tensor in self.tensors if layers.is_head(tensor.name)]

@@ -96,6 +96,10 @@ def test_rows_beyond_the_tokens_are_the_mean_of_all(models):
     plan = make_plan(recipe("tokenizer: {source: union, pad_to_multiple_of: 8}"))
     rows = inputs_of(plan, EMBEDDING)["b"]
     assert rows.shape == (8, 3)
+    assert (
+        "the output has 7 tokens and 1 more rows: 3 missing in a, 2 missing in b, 3 missing in c"
+        in plan.notes
+    )
     np.testing.assert_allclose(rows[7], rows[:7].mean(axis=0), rtol=1e-5)
     assert plan.config["vocab_size"] == 8
 
@@ -119,6 +123,7 @@ def test_the_merged_model_has_its_tokenizer_and_its_config(models, tmp_path):
 def test_another_models_tokenizer_moves_the_ids_of_the_config(models, tmp_path):
     (tmp_path / "b" / "special_tokens_map.json").write_text("{}")
     (tmp_path / "a" / "added_tokens.json").write_text("{}")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 5}')
     write_model(tmp_path / "only", "qxs", 9)
     (tmp_path / "only" / "model.safetensors").unlink()
     plan = make_plan(recipe("tokenizer_source: b"), out=tmp_path / "out")
@@ -128,6 +133,9 @@ def test_another_models_tokenizer_moves_the_ids_of_the_config(models, tmp_path):
     assert "added_tokens.json" not in names
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (5, 0, [0, 1])
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 1, "top_k": 5}
+    assert any("config.json: eos_token_id follow their tokens" in note for note in plan.notes)
     plan = make_plan(recipe("tokenizer_source: only"))
     rows = expected_rows(models, EMBEDDING, "qxs", {**DONORS, "s": "a"})
     np.testing.assert_allclose(inputs_of(plan, EMBEDDING)["c"], rows["c"], rtol=1e-6)

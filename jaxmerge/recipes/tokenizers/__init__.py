@@ -10,7 +10,7 @@ from jaxmerge.recipes.tokenizers.embeddings import (
 )
 from jaxmerge.recipes.tokenizers.files import TokenizerFiles, tokenizer_files
 from jaxmerge.recipes.tokenizers.rows import Rows, rows_for
-from jaxmerge.recipes.tokenizers.tokenizer import FILES, Tokenizer, read_tokenizer
+from jaxmerge.recipes.tokenizers.tokenizer import FILES, Tokenizer, read_json, read_tokenizer
 from jaxmerge.recipes.tokenizers.vocabulary import (
     TokenRule,
     Vocabulary,
@@ -31,6 +31,7 @@ __all__ = [
     "is_named_table",
     "may_be_table",
     "plan_vocabulary",
+    "read_json",
     "read_tokenizer",
     "rows_for",
     "tokenizer_files",
