@@ -17,6 +17,7 @@ import jaxmerge as jm
 from jaxmerge.converters import (
     CheckpointError,
     ModelConfig,
+    families,
     load_checkpoint,
     load_model,
     open_checkpoint,
@@ -299,6 +300,15 @@ def test_tied_names_of_other_values_are_refused(
     tied["head.weight"] = tied["head.weight"] + 1
     with pytest.raises(CheckpointError, match=r"'head.weight' tied to 'embed.weight', found other"):
         load_model(saved(tmp_path, tied))
+
+
+def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    families.register(TIED)
+    families.register(TIED)
+    assert families.get("tied") is TIED
+    with pytest.raises(CheckpointError, match="a family 'tied' is registered already"):
+        families.register(replace(TIED, ignored=()))
 
 
 def test_a_checkpoint_of_several_families_lists_them(
