@@ -14,6 +14,9 @@ from jaxmerge.converters.tensor_info import TensorInfo
 
 # What training in parallel and `torch.compile` put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
+_DEPTHS = frozenset(
+    {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "layers", "blocks"}
+)
 
 
 class Match(NamedTuple):
@@ -58,6 +61,7 @@ def recognise(
     if isinstance(config, Mapping):
         json, config = config, None
     candidates = _candidates(json or {}, family, config, where)
+    _check_depth(json or {}, len(tensors), where)
     found: list[Match] = []
     refusals: dict[str, list[str]] = {}
     near: dict[str, list[str]] = {}
@@ -185,6 +189,19 @@ def _match(
     if said:
         raise _NearMiss(". ".join(said))
     return match
+
+
+def _check_depth(json: Mapping[str, Any], tensors: int, where: str) -> None:
+    """A layer has a tensor at least; a config of a billion layers would be built before the tensors are compared."""
+    for key, value in json.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, tensors, where)
+        counts = value if isinstance(value, list | tuple) else [value]
+        numbers = [one for one in counts if isinstance(one, int)]
+        if key in _DEPTHS and sum(numbers) > tensors:
+            raise CheckpointError(
+                f"{where}: the config has {key} = {value}, the checkpoint {tensors} tensors"
+            )
 
 
 def _prefix(family: Family, tensors: Mapping[str, TensorInfo]) -> str:

@@ -144,6 +144,24 @@ def test_tensors_that_do_not_fit_are_listed(
         load_model(saved(tmp_path, changed), family="mlp_fc")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "resnet_cifar", "blocks": [1, 10**12], "widths": [8, 8]},
+        {"model_type": "llama", "num_hidden_layers": 10**12, "hidden_size": 8},
+        {"model_type": "clip", "vision_config": {"num_hidden_layers": 10**12}},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_config_of_more_layers_than_tensors_is_refused_before_it_is_built(
+    tmp_path: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"(blocks|layers) = .*10{12}.*the checkpoint 4 tensors"
+    ):
+        load_model(saved(tmp_path, tensors, **config))
+
+
 def test_what_no_family_has_lists_why(tmp_path: Path) -> None:
     path = saved(tmp_path, {"w": np.zeros(3, "f4")})
     with pytest.raises(
