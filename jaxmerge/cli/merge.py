@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxmerge.cli.allocator import keep_freed_memory
 from jaxmerge.cli.arguments import (
     DeviceOption,
     Imports,
@@ -92,6 +93,7 @@ def merge(
     several = distributed or {coordinator, process_id, num_processes} != {None}
     processes = connect(coordinator, process_id, num_processes) if several else ALONE
     use(device)
+    keep_freed_memory()
     import_all(imports)
     with processes.together():
         # One process speaks for all; errors are each process's own.
