@@ -35,6 +35,24 @@ _SPECIAL = (
     "cls_token",
     "mask_token",
 )
+# What transformers' classes have for tokens that a config does not name: they are added if they are not there.
+_END = "<|endoftext|>"
+_SENTENCE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END),
+    "GPTNeoXTokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+    | {"pad_token": "<|padding|>"},
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    | {"pad_token": "<pad>", "mask_token": "<mask>"},
+    "LlamaTokenizer": _SENTENCE,
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END),
+    "RobertaTokenizer": _SENTENCE
+    | {"sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"},
+    "BertTokenizer": {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    | {"cls_token": "[CLS]", "mask_token": "[MASK]"},
+}
+# Models whose tokenizer has one class whatever its config says.
+_CLASSES = {"qwen2": "Qwen2Tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ def read_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         own, listed, tokens = _legacy(folder), [], []
     table = TokenTable(own)
     table.add(tokens)
-    table.add(_declared(folder, config, table, listed))
+    table.add(_declared(folder, config, document, table, listed))
     return Tokenizer(folder, document, config, table)
 
 
@@ -217,11 +235,15 @@ def _legacy(folder: str) -> dict[str, int]:
 
 
 def _declared(
-    folder: str, config: Mapping[str, Any], table: TokenTable, listed: list[dict[str, Any]]
+    folder: str,
+    config: Mapping[str, Any],
+    document: Mapping[str, Any] | None,
+    table: TokenTable,
+    listed: list[dict[str, Any]],
 ) -> Iterator[AddedToken]:
     """Yields what transformers adds when it loads the tokenizer: added and special tokens."""
     where = os.path.join(folder, CONFIG)
-    given = dict(config)
+    given = {**_defaults(folder, config, document), **config}
     decoder: dict[int, AddedToken] = {}
     if isinstance(config.get("added_tokens_decoder"), dict):
         for place, token in config["added_tokens_decoder"].items():
@@ -246,6 +268,18 @@ def _declared(
         if content is not None and content not in known | {t.content for t in table.added.values()}:
             known.add(content)
             yield named(value, where, special=True)
+
+
+def _defaults(
+    folder: str, config: Mapping[str, Any], document: Mapping[str, Any] | None
+) -> Mapping[str, str]:
+    model = (read_json(folder, "config.json") or {}).get("model_type")
+    named_class = str(config.get("tokenizer_class")).removesuffix("Fast")
+    pipeline = [(document or {}).get(part) for part in ("pre_tokenizer", "decoder")]
+    # Tokenizers of Llama 3 bear the name of the class of Llama 2, which then is not used.
+    if named_class == "LlamaTokenizer" and "'ByteLevel'" in repr(pipeline):
+        named_class = ""
+    return _DEFAULTS.get(_CLASSES.get(str(model), named_class), {})
 
 
 def _attributes(config: Mapping[str, Any]) -> list[object]:

@@ -182,6 +182,17 @@ def test_older_formats(tmp_path):
         read_tokenizer(llama)
 
 
+def test_tokens_that_classes_of_transformers_have_are_there(tmp_path):
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": None, "eos_token": "z"}
+    llama = write(tmp_path / "llama", bpe("xz"), tokenizer_config=config)
+    assert list(read_tokenizer(llama).table.vocabulary()) == ["x", "z", "<unk>"]
+    byte_level = bpe("xz") | {"decoder": {"type": "ByteLevel"}}
+    llama = write(tmp_path / "llama", byte_level, tokenizer_config=config)
+    assert list(read_tokenizer(llama).table.vocabulary()) == ["x", "z"]
+    qwen = write(tmp_path / "qwen", bpe("x"), config={"model_type": "qwen2"})
+    assert list(read_tokenizer(qwen).table.vocabulary()) == ["x", "<|endoftext|>"]
+
+
 def piece(text):
     """A piece's text, its score, and no more."""
     return b"\x0a" + bytes([len(text)]) + text + b"\x15" + bytes(4)
