@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxmerge.methods.selection.host import Split, keys_on_host, split_on_host
-from jaxmerge.methods.selection.keys import Selection, checked_total
+from jaxmerge.methods.selection.keys import Selection, checked_size
 
 _LIMIT = 1 << 31
 """Above every key of float32."""
@@ -89,7 +89,7 @@ def select_in_passes(
         For each tensor and ranking a tuple of selections, one for each count.
 
     Raises:
-        ValueError: If all tensors together have 2**32 entries or more, or one has 2**31.
+        ValueError: If a tensor has 2**31 entries or more.
 
     Example:
         >>> values = {"a": np.array([0.5, 2.0], np.float32), "b": np.array([0.5, 1.0], np.float32)}
@@ -99,7 +99,7 @@ def select_in_passes(
         >>> [int(found[name][0][0].cut) for name in values]
         [0, -1]
     """
-    total = checked_total([(size,) for size in sizes.values()])
+    total = sum(checked_size((size,)) for size in sizes.values())
     wanted = {
         (i, j): min(max(int(k), 0), total) for i, ks in enumerate(counts) for j, k in enumerate(ks)
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmerge.methods import draws, hyperparameters
+from jaxmerge.methods.counting import LARGEST
+from jaxmerge.methods.hyperparameters import Fraction
 from jaxmerge.methods.leaf import LeafMethod
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.streaming.grouping import Group
@@ -69,9 +72,20 @@ class Numbers:
         sizes = {
             **leaf.sizes(shape, tuple(range(1, len(shape))), models),
             "tensor": int(np.prod(shape, dtype=np.int64)),
-            "model": self._totals[tensor.merge],
+            "model": min(self._totals[tensor.merge], LARGEST),
         }
-        return hyperparameters.for_tensors(leaf.hyperparams, checked, [], sizes, models)[0]
+        values = hyperparameters.for_tensors(leaf.hyperparams, checked, [], sizes, models)[0]
+        if self._totals[tensor.merge] > LARGEST:
+            for name, spec in leaf.hyperparams.items():
+                if spec.kind == "fraction" and spec.share_of == "model":
+                    values[name] = self._of_large_model(values[name], checked[name], tensor.merge)
+        return values
+
+    def _of_large_model(self, fraction: Fraction, value: np.ndarray, merge: int) -> Fraction:
+        """A share of more elements than 32 bits count; selections in passes count in 64."""
+        counts = np.floor(value * float(self._totals[merge])).astype(np.uint64)
+        whole: Any = np.broadcast_to(counts, np.shape(fraction.count))
+        return replace(fraction, count=whole)
 
 
 def merged_once(plan: Plan) -> list[PlannedTensor]:

@@ -19,7 +19,7 @@ from jaxmerge.converters import CheckpointError, load_checkpoint, save_checkpoin
 from jaxmerge.methods import MergeMethod, Sums
 from jaxmerge.recipes import Plan, PlanError
 from jaxmerge.recipes.plan import PlannedTensor
-from jaxmerge.recipes.streaming import memory, merging
+from jaxmerge.recipes.streaming import memory, merging, numbers
 from jaxmerge.recipes.streaming.merging import merged
 from jaxmerge.recipes.streaming.piece import Piece
 
@@ -124,6 +124,16 @@ def test_optimised_programs_agree_bit_for_bit(
 ) -> None:
     plan = planned(name, parameters)
     assert_same_bits(streamed(plan), in_memory(plan))
+
+
+@pytest.mark.usefixtures("cut_small", "compiled_in_haste")
+def test_shares_of_models_beyond_32_bits_are_counted(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("ties", {"density": [0.3, 0.7]})
+    expected = streamed(plan)
+    monkeypatch.setattr(numbers, "LARGEST", 1000)
+    assert_same_bits(streamed(plan), expected)
 
 
 @pytest.mark.usefixtures("cut_small")
