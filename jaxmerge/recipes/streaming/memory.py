@@ -22,7 +22,7 @@ INTERPRETER = 320 << 20
 _PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _UNKNOWN = 4 << 30
 # More than this brings no speed.
-_COMFORTABLE = 448 << 20
+_COMFORTABLE = 256 << 20
 
 
 class Shares(NamedTuple):
