@@ -122,18 +122,36 @@ def _mapped_rows(
     for index, table in enumerate(mapped.tables):
         places = np.flatnonzero(chosen == index)
         _gather(checkpoints, plan, table, mapped.row[first + places], values, places)
-    for place in (place for place in mapped.averages if first <= place < last):
-        pairs = mapped.averages[place]
-        total = np.zeros(values.shape[1:], np.float32)
-        for index, row in pairs:
-            one = _table_rows(checkpoints, plan, mapped.tables[index], slice(row, row + 1))
-            total += one[0].astype(np.float32)
-        values[place - first] = (total / np.float32(len(pairs))).astype(dtype)
+    averaged = [place for place in mapped.averages if first <= place < last]
+    if averaged:
+        mean = _averages(checkpoints, plan, mapped, averaged, wanted.shape[1:])
+        values[np.array(averaged) - first] = mean.astype(dtype)
     if last > count:
         if not mapped._mean:
             mapped._mean.append(_mean(checkpoints, plan, wanted, count))
         values[max(count - first, 0) :] = mapped._mean[0].astype(dtype)
     return values
+
+
+def _averages(
+    checkpoints: Checkpoints,
+    plan: Plan,
+    mapped: RowMap,
+    places: Sequence[int],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """Returns the means of several rows each, in float32; the n-th rows of all are read together."""
+    pairs = [mapped.averages[place] for place in places]
+    total = np.zeros((len(places), *shape), np.float32)
+    for n in range(max(map(len, pairs))):
+        part = np.zeros_like(total)
+        for index, table in enumerate(mapped.tables):
+            chosen = [i for i, one in enumerate(pairs) if n < len(one) and one[n][0] == index]
+            rows = np.array([pairs[i][n][1] for i in chosen], np.int32)
+            _gather(checkpoints, plan, table, rows, part, np.array(chosen, np.int64))
+        total += part
+    counts = np.array([len(one) for one in pairs], np.float32)
+    return total / counts.reshape(-1, *(1,) * len(shape))
 
 
 def _gather(
