@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import SelfAttention, convolution, max_pool, norm
+from jaxmerge.models.layers import SelfAttention, convolution, dense, max_pool, norm
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class CCT(nn.Module):
         for i in range(config.layers):
             tokens = CCTBlock(config, name=f"block_{i}")(tokens)
         tokens = norm("layer", name="norm", dtype=config.dtype, train=False)(tokens)
-        weights = nn.softmax(nn.Dense(1, dtype=dtype, name="pool")(tokens), axis=1)
-        pooled = jnp.einsum("bno,bnd->bd", weights, tokens)
-        return nn.Dense(config.classes, dtype=dtype, name="head")(pooled)
+        weights = nn.softmax(dense(1, name="pool", dtype=config.dtype)(tokens), axis=1)
+        pooled = jnp.sum(weights * tokens, axis=1)
+        return dense(config.classes, name="head", dtype=config.dtype)(pooled)
 
 
 class CCTBlock(nn.Module):
@@ -96,10 +96,10 @@ class CCTBlock(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [batch, n, width] -> [batch, n, width]."""
         config = self.config
-        dense = partial(nn.Dense, dtype=jnp.dtype(config.dtype))
+        linear = partial(dense, dtype=config.dtype)
         layer_norm = partial(norm, "layer", dtype=config.dtype, train=False)
         attention = SelfAttention(config.heads, bias=False, dtype=config.dtype, name="attention")
         tokens = tokens + attention(layer_norm(name="pre_norm")(tokens))
         tokens = layer_norm(name="norm")(tokens)
-        hidden = nn.gelu(dense(config.hidden, name="fc1")(tokens), approximate=False)
-        return tokens + dense(config.width, name="fc2")(hidden)
+        hidden = nn.gelu(linear(config.hidden, name="fc1")(tokens), approximate=False)
+        return tokens + linear(config.width, name="fc2")(hidden)

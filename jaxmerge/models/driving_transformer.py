@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import Norm, SelfAttention, convolution, norm
+from jaxmerge.models.layers import Norm, SelfAttention, convolution, dense, norm
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DrivingTransformer(nn.Module):
         for i in range(config.layers):
             tokens = EncoderBlock(config, name=f"block_{i}")(tokens)
         tokens = norm("layer", name="norm", dtype=config.dtype, train=False)(tokens)
-        return nn.Dense(config.outputs, dtype=dtype, name="head")(jnp.mean(tokens, axis=1))
+        return dense(config.outputs, name="head", dtype=config.dtype)(jnp.mean(tokens, axis=1))
 
 
 class EncoderBlock(nn.Module):
@@ -99,9 +99,9 @@ class EncoderBlock(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [batch, n, width] -> [batch, n, width]."""
         config = self.config
-        dense = partial(nn.Dense, dtype=jnp.dtype(config.dtype))
+        linear = partial(dense, dtype=config.dtype)
         layer_norm = partial(norm, "layer", dtype=config.dtype, train=False)
         attention = SelfAttention(config.heads, dtype=config.dtype, name="attention")
         tokens = tokens + attention(layer_norm(name="norm1")(tokens))
-        hidden = dense(config.hidden, name="fc1")(layer_norm(name="norm2")(tokens))
-        return tokens + dense(config.width, name="fc2")(nn.gelu(hidden, approximate=False))
+        hidden = linear(config.hidden, name="fc1")(layer_norm(name="norm2")(tokens))
+        return tokens + linear(config.width, name="fc2")(nn.gelu(hidden, approximate=False))

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import DepthwiseConvolution, convolution, norm
+from jaxmerge.models.layers import DepthwiseConvolution, convolution, dense, norm
 
 Padding = Literal["symmetric", "same"]
 
@@ -214,7 +214,7 @@ class InvertedResidualNet(nn.Module):
                 hidden = hidden + inputs
         hidden = nn.relu6(layer(config.last, name="last")(hidden, train))
         pooled = jnp.mean(hidden, axis=(1, 2))
-        return nn.Dense(config.classes, dtype=jnp.dtype(config.dtype), name="head")(pooled)
+        return dense(config.classes, name="head", dtype=config.dtype)(pooled)
 
 
 def _rounded(width: float) -> int:

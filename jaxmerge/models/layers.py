@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.models.causal import precision_of
 from jaxmerge.models.multi_head import attend
 
 Norm = Literal["batch", "group", "layer", "none"]
@@ -51,7 +52,27 @@ def convolution(
         at_borders if isinstance(at_borders, str) else [(at_borders, at_borders)] * 2,
         use_bias=bias,
         dtype=jnp.dtype(dtype),
+        precision=precision_of(dtype),
         kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+def dense(
+    features: int | Sequence[int],
+    *,
+    name: str,
+    dtype: str,
+    axis: int | Sequence[int] = -1,
+    bias: bool = True,
+) -> nn.DenseGeneral:
+    """A linear map of the axes `axis` to so many features, on one axis or several."""
+    return nn.DenseGeneral(
+        features,
+        axis,
+        use_bias=bias,
+        dtype=jnp.dtype(dtype),
+        precision=precision_of(dtype),
         name=name,
     )
 
@@ -137,7 +158,9 @@ def adaptive_mean_pool(images: jax.Array, size: int) -> jax.Array:
     if size == 1:
         return jnp.mean(images, axis=(1, 2), keepdims=True)
     rows, columns = _windows(height, size), _windows(width, size)
-    return jnp.einsum("ih,jw,nhwc->nijc", rows, columns, images).astype(images.dtype)
+    precision = precision_of(images.dtype.name)
+    pooled = jnp.einsum("ih,jw,nhwc->nijc", rows, columns, images, precision=precision)
+    return pooled.astype(images.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -156,16 +179,15 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [batch, n, width] -> [batch, n, width]."""
-        width, dtype = tokens.shape[-1], jnp.dtype(self.dtype)
+        width = tokens.shape[-1]
         if width % self.heads:
             raise ValueError(f"a width of {width} is no multiple of {self.heads} heads")
         head = width // self.heads
-        fused = nn.DenseGeneral((3, self.heads, head), use_bias=self.bias, dtype=dtype, name="qkv")(
-            tokens
-        )
+        project = dense((3, self.heads, head), bias=self.bias, name="qkv", dtype=self.dtype)
+        fused = project(tokens)
         query, key, value = (fused[:, :, i] for i in range(3))
         mixed = attend(query, key, value, scale=head**-0.5)
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=dtype, name="out")(mixed)
+        return dense(width, axis=(-2, -1), name="out", dtype=self.dtype)(mixed)
 
 
 def _windows(length: int, size: int) -> jax.Array:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
+from jaxmerge.models.layers import dense
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ class MLP(nn.Module):
         for i, width in enumerate(self.config.features[1:]):
             if i:
                 hidden = ACTIVATIONS[self.config.activation](hidden)
-            hidden = nn.Dense(width, dtype=jnp.dtype(self.config.dtype), name=f"dense_{i}")(hidden)
+            hidden = dense(width, name=f"dense_{i}", dtype=self.config.dtype)(hidden)
         return hidden

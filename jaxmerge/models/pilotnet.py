@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
-from jaxmerge.models.layers import convolution
+from jaxmerge.models.layers import convolution, dense
 
 
 class Convolution(NamedTuple):
@@ -103,8 +102,6 @@ class PilotNet(nn.Module):
         axes: tuple[int, ...] = (-3, -2, -1)
         for i, width in enumerate((*config.hidden, config.outputs)):
             hidden = activation(hidden) if i else hidden
-            hidden = nn.DenseGeneral(
-                width, axis=axes, dtype=jnp.dtype(config.dtype), name=f"dense_{i}"
-            )(hidden)
+            hidden = dense(width, axis=axes, name=f"dense_{i}", dtype=config.dtype)(hidden)
             axes = (-1,)
         return hidden

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import Layer, Norm, convolution, max_pool, norm
+from jaxmerge.models.layers import Layer, Norm, convolution, dense, max_pool, norm
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["small", "large"]
@@ -142,7 +142,7 @@ class ResNet(nn.Module):
                 block = ResNetBlock(config, stage, i, name=f"stage{stage + 1}_{i}")
                 hidden = block(hidden, train)
         pooled = jnp.mean(hidden, axis=(1, 2))
-        return nn.Dense(config.classes, dtype=dtype, name="head")(pooled)
+        return dense(config.classes, name="head", dtype=config.dtype)(pooled)
 
 
 class ResNetBlock(nn.Module):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.models.layers import Norm, adaptive_mean_pool, convolution, max_pool, norm
+from jaxmerge.models.layers import Norm, adaptive_mean_pool, convolution, dense, max_pool, norm
 
 _CONVOLUTIONS = {
     11: (1, 1, 2, 2, 2),
@@ -101,7 +101,7 @@ class VGG(nn.Module):
         axes: tuple[int, ...] = (-3, -2, -1)
         for i, width in enumerate((*config.hidden, config.classes)):
             hidden = nn.relu(hidden) if i else hidden
-            hidden = nn.DenseGeneral(width, axis=axes, dtype=dtype, name=f"dense_{i}")(hidden)
+            hidden = dense(width, axis=axes, name=f"dense_{i}", dtype=config.dtype)(hidden)
             axes = (-1,)
         return hidden
 
