@@ -44,7 +44,7 @@ FLAT = 1.25
 
 @dataclass(frozen=True)
 class Options:
-    """What all sections are told."""
+    """What all sections are told; checkpoints that are not to be kept go as soon as a size is done."""
 
     data: Path
     size: str
@@ -55,6 +55,7 @@ class Options:
     limit: str
     mergekit: str | None
     seed: int
+    keep: bool
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def main() -> None:
             arguments.memory_limit,
             arguments.mergekit,
             arguments.seed,
+            arguments.data is not None,
         )
         for name in arguments.sections:
             started = time.perf_counter()
@@ -209,7 +211,7 @@ def sizes(options: Options) -> Iterator[Table]:
                 MB=memory,
                 holds=f"no: {memory['max']:.0f} MB" if too_much or grows else "yes",
             )
-        if options.data.name.startswith("tmp"):
+        if not options.keep:
             _remove(sources)
     yield table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -52,6 +51,9 @@ def merged(
     limit = memory.default_limit() if memory_limit is None else memory_limit
     shares = memory.shares(limit, plan.tensors, plan.merges)
     grouping, numbers = Grouping(plan), Numbers(plan)
+    leaves = [one.method.leaf for one in plan.merges]
+    # What cannot be cut is worked on alone: one tensor is all the memory, and its factorisations all the threads.
+    alone = any(leaf is None or leaf.cuts == "never" for leaf in leaves)
     with contextlib.ExitStack() as stack:
         checkpoints = [
             stack.enter_context(open_checkpoint(source.path, key=source.key))
@@ -72,7 +74,7 @@ def merged(
                 produce,
                 held=lambda window: _held(window, shares.kept),
                 room=shares.kept,
-                lanes=min(_LANES, shares.threads),
+                lanes=1 if alone else min(_LANES, shares.threads),
             )
 
         def over_groups(
@@ -87,10 +89,10 @@ def merged(
 
         def pieces(window: Window) -> Iterator[Piece]:
             small: dict[str, Piece] = {}
-            alone: dict[str, Group] = {}
+            large: dict[str, Group] = {}
             for group in window.groups:
                 if group.rows is None:
-                    alone[group.tensors[0].name] = group
+                    large[group.tensors[0].name] = group
                     continue
                 work = begin(group)
                 work.measure(of_model.get(group.tensors[0].merge, {}))
@@ -103,7 +105,7 @@ def merged(
                 elif tensor.name in small:
                     yield small.pop(tensor.name)
                 else:
-                    work = begin(alone[tensor.name])
+                    work = begin(large[tensor.name])
                     work.measure(of_model.get(tensor.merge, {}))
                     yield from work.merged()
 
@@ -117,14 +119,12 @@ class _AtOnce:
         self._plan = plan
         self._checkpoints = checkpoints
         self._made: dict[int, dict[str, np.ndarray]] = {}
-        self._one_at_a_time = threading.Lock()
 
     def merged(self, tensor: PlannedTensor) -> np.ndarray:
-        with self._one_at_a_time:
-            if tensor.merge not in self._made:
-                mine = [one for one in merged_once(self._plan) if one.merge == tensor.merge]
-                self._made[tensor.merge] = merge_in_memory(self._plan, mine, self._checkpoints)
-            return self._made[tensor.merge][tensor.identity]
+        if tensor.merge not in self._made:
+            mine = [one for one in merged_once(self._plan) if one.merge == tensor.merge]
+            self._made[tensor.merge] = merge_in_memory(self._plan, mine, self._checkpoints)
+        return self._made[tensor.merge][tensor.identity]
 
 
 def _carried(shop: Shop, tensor: PlannedTensor) -> Iterator[Piece]:
