@@ -183,3 +183,16 @@ def test_shards_have_the_size_asked_for(folder: Path, call: Any) -> None:
     bad = call("merge", "ties.yaml", "bad", "--shard-size", "many")
     assert bad.exit_code == 2
     assert "expected a size such as 5GB or 500MB, found 'many'" in bad.stderr
+
+
+def test_a_memory_limit_changes_nothing_but_must_be_enough(folder: Path, call: Any) -> None:
+    assert call("merge", "ties.yaml", "out").exit_code == 0
+    assert call("merge", "ties.yaml", "small", "--memory-limit", "400MiB").exit_code == 0
+    for name, array in load_checkpoint("out").items():
+        np.testing.assert_array_equal(load_checkpoint("small")[name], array)
+    for limit, message in (("much", "expected a size"), ("10MB", "needs 335.5 MB of memory here")):
+        bad = call("merge", "ties.yaml", "bad", "--memory-limit", limit)
+        assert bad.exit_code == 2
+        assert message in bad.stderr
+    assert call("plan", "ties.yaml", "--memory-limit", "10MB").exit_code == 2
+    assert not Path("bad").exists()
