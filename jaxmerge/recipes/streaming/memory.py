@@ -21,7 +21,8 @@ INTERPRETER = 320 << 20
 
 _PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _UNKNOWN = 4 << 30
-# More than this brings no speed.
+# More than these brings no speed.
+_MOST_THREADS = 16
 _COMFORTABLE = 256 << 20
 
 
@@ -104,7 +105,7 @@ def shares(limit: int, tensors: Iterable[PlannedTensor], merges: Sequence[Planne
     """
     cut = max(1, memory_needed(tensors, merges) - INTERPRETER)
     left = max(0, limit - INTERPRETER)
-    threads = max(1, min(_cores(), left // (2 * cut)))
+    threads = max(1, min(_cores(), _MOST_THREADS, left // (2 * cut)))
     return Shares(threads, max(0, min(_COMFORTABLE, left - 2 * threads * cut)))
 
 

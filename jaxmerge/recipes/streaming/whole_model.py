@@ -66,10 +66,11 @@ def _sums(
         for sums in work.statistics(one):
             yield sums if group.rows is None else _of_rows(one, len(group.tensors), sums)
 
-    first = next(over(tensors[:1], lambda group: iter([begin(group)])))
-    unasked = first.unasked(one)
-    if unasked is not None:
-        return unasked
+    if all(tensor.hyperparameters == tensors[0].hyperparameters for tensor in tensors):
+        first = next(over(tensors[:1], lambda group: iter([begin(group)])))
+        unasked = first.unasked(one)
+        if unasked is not None:
+            return unasked
     total = Total(one.reduce)
     for sums in over(tensors, statistics):
         total.add(sums)

@@ -5,6 +5,7 @@ import gc
 import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxmerge.converters import CheckpointError, load_checkpoint, save_checkpoin
 from jaxmerge.methods import MergeMethod, Sums
 from jaxmerge.recipes import Plan, PlanError
 from jaxmerge.recipes.plan import PlannedTensor
-from jaxmerge.recipes.streaming import memory, merging, numbers
+from jaxmerge.recipes.streaming import grouping, memory, merging, numbers
 from jaxmerge.recipes.streaming.merging import merged
 from jaxmerge.recipes.streaming.piece import Piece
 
@@ -160,6 +161,36 @@ def test_neither_memory_nor_what_else_is_merged_changes_a_bit(planned: Planned, 
 
 
 @pytest.mark.usefixtures("cut_small", "compiled_in_haste")
+@pytest.mark.parametrize(
+    ("name", "scope"), [("ties", "model"), ("ties", "tensor"), ("dare_ties", None), ("slerp", None)]
+)
+def test_tensors_in_one_group_keep_numbers_of_their_own(
+    planned: Planned, name: str, scope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(planned, name, options={"scope": scope} if scope else None)
+    which = "t" if name == "slerp" else "weight"
+    tensors = tuple(
+        replace(
+            tensor,
+            hyperparameters={
+                **tensor.hyperparameters,
+                which: i / 20 if which == "t" else (i / 20, 0.7),
+            },
+        )
+        if tensor.action == "merge"
+        else tensor
+        for i, tensor in enumerate(plan.tensors)
+    )
+    plan = replace(plan, tensors=tensors)
+    grouped = streamed(plan)
+    monkeypatch.setattr(grouping, "_RARE", 1000)
+    for tensor, array in streamed(plan).items():
+        np.testing.assert_allclose(
+            grouped[tensor].astype(np.float64), array.astype(np.float64), rtol=1e-6, atol=1e-7
+        )
+
+
+@pytest.mark.usefixtures("cut_small", "compiled_in_haste")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_refused_wherever_it_stands(
     planned: Planned, tmp_path: Path, bad: float
@@ -258,8 +289,6 @@ def test_methods_without_a_leaf_see_all_tensors_at_once(
     plan = planned("linear", {"weight": [0.25, 0.75]})
     method = plan.merges[0].method
     expected = streamed(plan)
-    from dataclasses import replace
-
     leafless = replace(plan, merges=(replace(plan.merges[0], method=replace(method, leaf=None)),))
     monkeypatch.setattr(merging.memory, "memory_needed", lambda *_: 1)
     assert_same_bits(streamed(leafless), expected)
