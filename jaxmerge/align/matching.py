@@ -20,7 +20,7 @@ from jaxmerge.align.similarity import (
     compared,
     given_rows,
 )
-from jaxmerge.align.spaces import Space
+from jaxmerge.align.spaces import Space, dual_space
 from jaxmerge.align.spec import PermutationSpec
 from jaxmerge.align.trees import Chain, Tree, trees
 from jaxmerge.align.units import rows
@@ -152,8 +152,6 @@ def match_path(
     Reference:
       Xu et al., Training-Free Pretrained Model Merging, CVPR 2024.
     """
-    from jaxmerge.align.spaces import dual_space
-
     space = dual_space(0.5)
     problem, visits, first = _prepared(
         spec, a, b, space, x, apply_fn, similarities, None, order, key, sweeps
@@ -327,9 +325,21 @@ def _check_finite(info: MatchInfo) -> None:
 
 
 class _State(NamedTuple):
+    """Where the descent stands.
+
+    Attributes:
+      permutations: of all free nodes.
+      scores: [trees], the mean similarity of matched units when a tree was last matched.
+      weights: per node the similarity of the weights, as of when it was last computed.
+      stale: [trees], whether what a tree's weights are compared under has moved since.
+      due: [trees], whether a tree must be matched again.
+    """
+
     permutations: Permutations
-    scores: jax.Array  # [trees]
-    stale: jax.Array  # [trees], whether a tree's neighbours have moved since it was matched
+    scores: jax.Array
+    weights: Similarities
+    stale: jax.Array
+    due: jax.Array
 
 
 class _Run(NamedTuple):
@@ -362,15 +372,15 @@ def _descend_along(
     visits: jax.Array,
     first: Permutations | None,
 ) -> tuple[Permutations, MatchInfo]:
-    from jaxmerge.align.spaces import activation_space, dual_space
 
     known = _known(static, dual_space(0.5), arrays)
-    start, _ = _matched(static, settings, activation_space(), known, arrays, visits, first)
+    start = _start(static, settings, dual_space(0.5), known, arrays, first)
 
-    def step(before: Permutations, alpha: jax.Array) -> tuple[Permutations, Any]:
-        space = dual_space(alpha)
-        result = _matched(static, settings, space, known, arrays, visits, before)
-        return result[0], result
+    def step(state: _State, alpha: jax.Array) -> tuple[_State, Any]:
+        # What the weights say of the present permutations does not depend on alpha.
+        state = state._replace(due=jnp.ones_like(state.due))
+        state, info = _swept(static, settings, dual_space(alpha), known, arrays, visits, state)
+        return state, (state.permutations, info)
 
     return jax.lax.scan(step, start, alphas)[1]
 
@@ -402,39 +412,113 @@ def _matched(
     visits: jax.Array,
     first: Permutations | None,
 ) -> tuple[Permutations, MatchInfo]:
-    count = len(static.trees)
-    start = identity(static.spec) if first is None else first
-
-    def visit(space: Space, index: int, state: _State) -> _State:
-        """Matches one tree if what it depends on has moved."""
-        tree = static.trees[index]
-
-        def again(state: _State) -> _State:
-            found, score = _match_tree(
-                static.spec, tree, space, known, arrays, state.permutations, settings.solver
-            )
-            moved = jnp.any(
-                jnp.stack([jnp.any(found[name] != state.permutations[name]) for name in found])
-            )
-            neighbours = jnp.asarray(static.neighbours[index])
-            stale = (state.stale | (neighbours & moved)).at[index].set(moved & neighbours[index])
-            return _State({**state.permutations, **found}, state.scores.at[index].set(score), stale)
-
-        return jax.lax.cond(state.stale[index], again, lambda state: state, state)
-
-    def all_once(space: Space, permutations: Permutations) -> _State:
-        state = _State(permutations, jnp.zeros(count), jnp.ones(count, bool))
-        for index in range(count):
-            state = visit(space, index, state._replace(stale=jnp.ones(count, bool)))
-        return state
-
+    state = _start(static, settings, space, known, arrays, first)
     if space.weights is None:
-        state = all_once(space, start)
         return state.permutations, _info(static, state.scores, jnp.int32(1), jnp.bool_(True))
-    if space.data and first is None:
-        only = Space(space.alpha, None, True)
-        start = all_once(only, start).permutations
-    branches = [functools.partial(visit, space, index) for index in range(count)]
+    state, info = _swept(static, settings, space, known, arrays, visits, state)
+    return state.permutations, info
+
+
+def _start(
+    static: _Static,
+    settings: _Settings,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    first: Permutations | None,
+) -> _State:
+    """The state before the first sweep: the activations' own match where there are any."""
+    count = len(static.trees)
+    state = _State(
+        identity(static.spec) if first is None else first,
+        jnp.zeros(count),
+        {name: jnp.zeros(_shape(static.spec, name, static.trees)) for name in known},
+        jnp.ones(count, bool),
+        jnp.ones(count, bool),
+    )
+    if space.data and (first is None or space.weights is None):
+        for index, tree in enumerate(static.trees):
+            similar = {
+                chain.node: arrays.activations[chain.node]
+                for chain in tree.chains
+                if chain.node in arrays.activations
+            }
+            found, score = _match_tree(
+                static.spec, tree, similar, state.permutations, settings.solver
+            )
+            state = state._replace(
+                permutations={**state.permutations, **found},
+                scores=state.scores.at[index].set(score),
+            )
+    return state
+
+
+def _shape(spec: PermutationSpec, name: str, found: Sequence[Tree]) -> tuple[int, int, int]:
+    chain = next(chain for tree in found for chain in tree.chains if chain.node == name)
+    layers, units = _sizes(spec, chain)
+    return layers, units, units
+
+
+def _visit(
+    static: _Static,
+    settings: _Settings,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    index: int,
+    state: _State,
+) -> _State:
+    """Matches one tree if what it depends on has moved."""
+    tree = static.trees[index]
+    neighbours = jnp.asarray(static.neighbours[index])
+
+    def fresh(state: _State) -> Similarities:
+        found = {
+            chain.node: _weights(static.spec, chain, known, arrays, state.permutations)
+            for chain in tree.chains
+            if chain.node in known
+        }
+        return {**state.weights, **found}
+
+    def again(state: _State) -> _State:
+        weights = jax.lax.cond(state.stale[index], fresh, lambda state: state.weights, state)
+        similar = {}
+        for chain in tree.chains:
+            one = _blended(chain, space, weights, arrays)
+            if one is not None:
+                similar[chain.node] = one
+        found, score = _match_tree(static.spec, tree, similar, state.permutations, settings.solver)
+        moved = jnp.any(
+            jnp.stack([jnp.any(found[name] != state.permutations[name]) for name in found])
+        )
+        stale = (state.stale | (neighbours & moved)).at[index].set(moved & neighbours[index])
+        due = (state.due | (neighbours & moved)).at[index].set(moved & neighbours[index])
+        return _State(
+            {**state.permutations, **found},
+            state.scores.at[index].set(score),
+            weights,
+            stale,
+            due,
+        )
+
+    return jax.lax.cond(state.due[index], again, lambda state: state, state)
+
+
+def _swept(
+    static: _Static,
+    settings: _Settings,
+    space: Space,
+    known: Known,
+    arrays: _Arrays,
+    visits: jax.Array,
+    start: _State,
+) -> tuple[_State, MatchInfo]:
+    """Sweeps until nothing moves or nothing gets better."""
+    count = len(static.trees)
+    branches = [
+        functools.partial(_visit, static, settings, space, known, arrays, index)
+        for index in range(count)
+    ]
 
     def sweep(run: _Run) -> _Run:
         turn = visits[run.sweep]
@@ -461,11 +545,14 @@ def _matched(
     def goes_on(run: _Run) -> jax.Array:
         return (run.sweep < settings.sweeps) & (run.idle < settings.patience) & run.moved
 
-    state = _State(start, jnp.zeros(count), jnp.ones(count, bool))
     worst = jnp.full(count, -jnp.inf)
-    run = _Run(state, start, worst, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    run = _Run(start, start.permutations, worst, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
     run = jax.lax.while_loop(goes_on, sweep, run)
-    return run.best, _info(static, run.best_scores, run.sweep, ~run.moved)
+    # Where the best sweep was not the last one, what is known of the last one does not hold.
+    last = [jnp.all(run.best[name] == run.state.permutations[name]) for name in run.best]
+    stale = run.state.stale | ~jnp.all(jnp.stack(last))
+    state = run.state._replace(permutations=run.best, stale=stale)
+    return state, _info(static, run.best_scores, run.sweep, ~run.moved)
 
 
 def _info(static: _Static, scores: jax.Array, sweeps: jax.Array, settled: jax.Array) -> MatchInfo:
@@ -476,18 +563,11 @@ def _info(static: _Static, scores: jax.Array, sweeps: jax.Array, settled: jax.Ar
 def _match_tree(
     spec: PermutationSpec,
     tree: Tree,
-    space: Space,
-    known: Known,
-    arrays: _Arrays,
+    similar: Similarities,
     permutations: Permutations,
     solver: Solver,
 ) -> tuple[Permutations, jax.Array]:
-    """The best permutations of a tree's nodes with everything else as it is, and the mean matched similarity."""
-    similar: Similarities = {}
-    for chain in tree.chains:
-        one = _similarity(spec, chain, space, known, arrays, permutations)
-        if one is not None:
-            similar[chain.node] = one
+    """The best permutations of a tree's nodes under the given similarities, and the mean matched similarity."""
     if not similar:
         return {chain.node: permutations[chain.node] for chain in tree.chains}, jnp.float32(0)
     root = tree.chains[0]
@@ -503,29 +583,35 @@ def _match_tree(
     return found, jnp.where(broken, jnp.nan, value / units).astype(jnp.float32)
 
 
-def _similarity(
+def _weights(
     spec: PermutationSpec,
     chain: Chain,
-    space: Space,
     known: Known,
     arrays: _Arrays,
     permutations: Permutations,
-) -> jax.Array | None:
-    """[layers, units, units] of one node in the space, None where nothing speaks of it."""
-    data = arrays.activations.get(chain.node) if space.data else None
-    if space.weights is None or chain.node not in known:
-        return data
+) -> jax.Array:
+    """[layers, units, units], the similarity of one node's weights."""
     of_a, of_b = known[chain.node]
     layers = _sizes(spec, chain)[0]
     parts = [
         part.reshape(layers, -1, part.shape[-1])
         for part in rows(spec, chain, arrays.leaves_b, permutations)
     ]
-    weights = compared(of_a, Rows(parts, of_b.mean, of_b.norm, of_b.features))
+    return compared(of_a, Rows(parts, of_b.mean, of_b.norm, of_b.features))
+
+
+def _blended(
+    chain: Chain, space: Space, weights: Similarities, arrays: _Arrays
+) -> jax.Array | None:
+    """[layers, units, units] of one node in the space, None where nothing speaks of it."""
+    data = arrays.activations.get(chain.node) if space.data else None
+    if chain.node not in weights:
+        return data
+    of_weights = weights[chain.node]
     if data is None:
-        return weights
-    share = space.share(chain.node).astype(weights.dtype)
-    return share * weights + (1 - share) * data.astype(weights.dtype)
+        return of_weights
+    share = space.share(chain.node).astype(of_weights.dtype)
+    return share * of_weights + (1 - share) * data.astype(of_weights.dtype)
 
 
 Inner = dict[str, jax.Array]
