@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
+from jaxmerge.models.attention import padding_mask
 from jaxmerge.models.inputs import named_inputs
-from jaxmerge.models.multi_head import Attention, layer_norm, padding_mask
+from jaxmerge.models.linear import dense, layer_norm, precision_of
+from jaxmerge.models.multi_head import Attention
 from jaxmerge.models.transformer import FeedForward
 
 
@@ -149,7 +151,7 @@ class Bert(nn.Module):
         return nn.Embed(rows, self.config.hidden_size, dtype=jnp.dtype(self.config.dtype))
 
     def _linear(self, size: int) -> nn.Dense:
-        return nn.Dense(size, dtype=jnp.dtype(self.config.dtype))
+        return dense(size, self.config.dtype)
 
 
 class BertBlock(nn.Module):
@@ -190,16 +192,14 @@ class MaskedLanguageModel(nn.Module):
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         """x [batch, length, features], table [vocabulary, features] -> [batch, length, vocabulary]."""
         config = self.config
-        hidden = nn.Dense(config.hidden_size, dtype=jnp.dtype(config.dtype), name="dense")(x)
+        dtype = jnp.dtype(config.dtype)
+        hidden = dense(config.hidden_size, dtype, name="dense")(x)
         # RoBERTa has the exact GELU here whatever its blocks have.
         roberta = config.padding_id is not None
         hidden = ACTIVATIONS["gelu" if roberta else config.activation](hidden)
-        hidden = layer_norm(config.norm_eps, jnp.dtype(config.dtype), "norm")(hidden)
+        hidden = layer_norm(config.norm_eps, dtype, "norm")(hidden)
         if table is None:
-            return nn.Dense(config.vocab_size, dtype=jnp.dtype(config.dtype), name="decoder")(
-                hidden
-            )
+            return dense(config.vocab_size, dtype, name="decoder")(hidden)
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        return hidden @ table.T.astype(jnp.dtype(config.dtype)) + bias[None, None].astype(
-            jnp.dtype(config.dtype)
-        )
+        scores = jnp.matmul(hidden, table.T.astype(dtype), precision=precision_of(dtype))
+        return scores + bias[None, None].astype(dtype)

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.models.linear import precision_of
+
 
 class CausalConfig(Protocol):
     """What `CausalLM` reads of a family's configuration."""
@@ -214,11 +216,6 @@ def scores(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-
-
-def precision_of(dtype: str) -> jax.lax.Precision | None:
-    """Products of a float32 model are float32 on accelerators too, which default to less."""
-    return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
 
 def empty_cache(config: CausalConfig, batch: int, slots: int) -> Cache:

@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.models.attention import causal_mask, padding_mask
 from jaxmerge.models.inputs import named_inputs
-from jaxmerge.models.multi_head import causal_mask, layer_norm, padding_mask
+from jaxmerge.models.linear import dense, layer_norm, precision_of
 from jaxmerge.models.transformer import PreNormBlock
 from jaxmerge.models.vit import ViT, ViTConfig
 
@@ -111,7 +112,8 @@ class CLIP(nn.Module):
         given = named_inputs(inputs, ["input_ids", "pixel_values"], ["attention_mask"])
         images = _unit(self.image_features(given.pop("pixel_values")))
         texts = _unit(self.text_features(given))
-        return jnp.exp(self.logit_scale).astype(images.dtype) * (images @ texts.T)
+        cosines = jnp.matmul(images, texts.T, precision=precision_of(images.dtype))
+        return jnp.exp(self.logit_scale).astype(images.dtype) * cosines
 
     def text_features(self, inputs: Any) -> jax.Array:
         """token ids [texts, length], or a dict with "input_ids" and "attention_mask" -> [texts, features]."""
@@ -125,7 +127,7 @@ class CLIP(nn.Module):
         return pooled if self.config.projection_size is None else self.image_projection(pooled)
 
     def _projection(self, size: int) -> nn.Dense:
-        return nn.Dense(size, use_bias=False, dtype=jnp.dtype(self.config.dtype))
+        return dense(size, self.config.dtype, bias=False)
 
 
 class TextTower(nn.Module):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
 from jaxmerge.models.attention import attend
-from jaxmerge.models.causal import CausalLM, LayerCache, Places, precision_of, remember
+from jaxmerge.models.causal import CausalLM, LayerCache, Places, remember
+from jaxmerge.models.linear import precision_of
 from jaxmerge.models.rotary import Rotary, rotate, rotations
 
 
@@ -163,9 +164,9 @@ class Attention(nn.Module):
             context.visible,
             scale=1 / math.sqrt(config.score_width or config.head_width),
             softcap=config.attention_softcap,
-            precision=precision_of(config.dtype),
         )
-        return _dense(config, config.width, config.output_bias, "output")(read), cache
+        joined = read.reshape(*read.shape[:2], -1)
+        return _dense(config, config.width, config.output_bias, "output")(joined), cache
 
     def _heads(self, name: str, heads: int, hidden: jax.Array) -> jax.Array:
         width = self.config.head_width

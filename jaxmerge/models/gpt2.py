@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
 from jaxmerge.models.attention import attend
-from jaxmerge.models.causal import CausalLM, LayerCache, Places, precision_of, remember
+from jaxmerge.models.causal import CausalLM, LayerCache, Places, remember
+from jaxmerge.models.linear import precision_of
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Attention(nn.Module):
         shape = (*hidden.shape[:2], config.heads, config.head_width)
         query, key, value = (part.reshape(shape) for part in jnp.split(fused, 3, axis=-1))
         key, value, cache = remember(cache, key, value, start)
-        precision = precision_of(config.dtype)
-        read = attend(query, key, value, visible, scale=scale, precision=precision)
-        return _dense(config, config.width, "output")(read), cache
+        read = attend(query, key, value, visible, scale=scale)
+        joined = read.reshape(*read.shape[:2], -1)
+        return _dense(config, config.width, "output")(joined), cache
 
 
 class MLP(nn.Module):

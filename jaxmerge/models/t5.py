@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.models.attention import causal_mask, padding_mask
 from jaxmerge.models.inputs import named_inputs
-from jaxmerge.models.multi_head import Attention, causal_mask, padding_mask
+from jaxmerge.models.linear import dense, precision_of
+from jaxmerge.models.multi_head import Attention
 from jaxmerge.models.transformer import FeedForward
 
 
@@ -77,7 +79,7 @@ class T5(nn.Module):
         if config.num_decoder_layers is not None:
             self.decoder = T5Stack(config, is_decoder=True)
             if not config.tied:
-                self.head = nn.Dense(config.vocab_size, use_bias=False, dtype=dtype)
+                self.head = dense(config.vocab_size, dtype, bias=False)
 
     def __call__(self, inputs: Any) -> jax.Array:
         """Encodes, and decodes with the given tokens (teacher forcing).
@@ -105,7 +107,10 @@ class T5(nn.Module):
         x = self.decoder(self.token_embedding(ids), mask, memory, read)
         if config.scaled:
             x = x * config.hidden_size**-0.5
-        return self.token_embedding.attend(x) if config.tied else self.head(x)
+        if not config.tied:
+            return self.head(x)
+        table = self.token_embedding.embedding.astype(x.dtype)
+        return jnp.matmul(x, table.T, precision=precision_of(x.dtype))
 
     def encode(self, inputs: Any) -> jax.Array:
         """token ids [batch, length], or a dict with "input_ids" and "attention_mask" -> [batch, length, features]."""

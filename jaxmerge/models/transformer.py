@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
-from jaxmerge.models.multi_head import Attention, layer_norm
+from jaxmerge.models.linear import dense, layer_norm
+from jaxmerge.models.multi_head import Attention
 
 
 class FeedForward(nn.Module):
@@ -37,7 +38,7 @@ class FeedForward(nn.Module):
         return self._linear(x.shape[-1], "down")(hidden)
 
     def _linear(self, size: int, name: str) -> nn.Dense:
-        return nn.Dense(size, use_bias=self.bias, dtype=self.dtype, name=name)
+        return dense(size, self.dtype, bias=self.bias, name=name)
 
 
 class PreNormBlock(nn.Module):

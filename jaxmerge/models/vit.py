@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxmerge.models.activations import ACTIVATIONS
 from jaxmerge.models.inputs import named_inputs
-from jaxmerge.models.multi_head import layer_norm
+from jaxmerge.models.linear import dense, layer_norm, precision_of
 from jaxmerge.models.transformer import PreNormBlock
 
 
@@ -90,6 +90,7 @@ class ViT(nn.Module):
             padding="VALID",
             use_bias=config.patch_bias,
             dtype=dtype,
+            precision=precision_of(dtype),
         )
         if config.class_token:
             self.class_token = self.param(
@@ -121,9 +122,9 @@ class ViT(nn.Module):
         ]
         self.norm = layer_norm(config.norm_eps, dtype)
         if config.pooler_size is not None:
-            self.pooler = nn.Dense(config.pooler_size, dtype=dtype)
+            self.pooler = dense(config.pooler_size, dtype)
         if config.num_labels:
-            self.classifier = nn.Dense(config.num_labels, dtype=dtype)
+            self.classifier = dense(config.num_labels, dtype)
 
     def __call__(self, inputs: Any) -> jax.Array:
         """Runs the encoder and its classifier.
