@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.models.causal import precision_of
-from jaxmerge.models.multi_head import attend
+from jaxmerge.models.attention import attend
+from jaxmerge.models.linear import precision_of
 
 Norm = Literal["batch", "group", "layer", "none"]
 """Kinds of normalisation: over the batch with running statistics; over groups of channels; over the channels of each
