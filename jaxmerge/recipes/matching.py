@@ -126,11 +126,16 @@ class Matcher:
             self.stacked.append(Stacked(output, donor.counts.get(output, 0), origins))
 
     def _note_more_at_the_end(self, parts: Sequence[tuple[int, Part]]) -> None:
-        first, last = (len(part.sources) for part in (parts[0][1], parts[-1][1]))
-        if last > first:
+        first, last = parts[0][1].sources, parts[-1][1].sources
+        if len(last) > len(first):
             self.notes.append(
-                f"what comes after the last layer is merged of the last slice's {last} models; "
-                f"mergekit takes only as many of them as the first slice has ({first})"
+                f"what comes after the last layer is merged of the last slice's {len(last)} models; "
+                f"mergekit takes only as many of them as the first slice has ({len(first)})"
+            )
+        elif {one.reference for one in first} != {one.reference for one in last}:
+            self.notes.append(
+                "what comes after the last layer is taken from the last slice, as mergekit does for "
+                "the architectures that it has a table of; for others it takes the first slice's"
             )
 
     def _layer(

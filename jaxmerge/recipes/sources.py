@@ -12,6 +12,7 @@ from jaxmerge.recipes.errors import place
 from jaxmerge.recipes.plan import Plan, PlannedSource
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.resolve import Resolved
+from jaxmerge.tree import nearest
 
 
 class Sources:
@@ -43,7 +44,7 @@ class Sources:
             try:
                 self.index[reference] = self._find(reference)
             except (CheckpointError, OSError) as error:
-                self.report(reference, str(error))
+                self.report(reference, f"{error}{nearest(reference.path, self.merged)}")
 
     def of(self, reference: ModelReference) -> int:
         """Returns the index of the source that a reference names."""

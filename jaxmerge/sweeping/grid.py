@@ -106,7 +106,8 @@ def make_grid(recipe: Recipe, axes: Sequence[Axis]) -> Grid:
     Raises:
         RecipeError: the recipe cannot be resolved.
         ValueError: an unknown hyperparameter, a value out of bounds, a model that is not there, an
-            axis given twice, more than a million points.
+            axis given twice, more than a million points; a recipe with slices or modules, with
+            gradients or filters that no axis replaces, or with models of different tensors.
 
     >>> from jaxmerge.recipes import parse
     >>> from jaxmerge.sweeping import parse_axis
@@ -133,7 +134,24 @@ def make_grid(recipe: Recipe, axes: Sequence[Axis]) -> Grid:
             f"the grid over {', '.join(labels)} has {count} points, the most is {_MOST}"
         )
     mesh = np.meshgrid(*[np.asarray(axis.values, np.float32) for axis in axes], indexing="ij")
-    return Grid(resolved, tuple(axes), np.stack([part.reshape(-1) for part in mesh], axis=1))
+    grid = Grid(resolved, tuple(axes), np.stack([part.reshape(-1) for part in mesh], axis=1))
+    _check_uniform(grid.recipe(0))
+    return grid
+
+
+def _check_uniform(recipe: Recipe) -> None:
+    """One program merges every point, so every tensor is merged alike."""
+    if recipe.tensors != "same":
+        raise ValueError(f"a sweep needs models of the same tensors: `tensors: {recipe.tensors}`")
+    if recipe.slices or recipe.modules:
+        raise ValueError(
+            "a sweep needs whole models, under `models`; this recipe has slices or modules"
+        )
+    if not resolve(recipe).uniform:
+        raise ValueError(
+            "a sweep needs numbers that are the same for every tensor: besides what it varies, the "
+            "recipe has gradients or filters"
+        )
 
 
 def _check_axis(recipe: Recipe, axis: Axis) -> None:

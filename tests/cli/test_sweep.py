@@ -384,6 +384,43 @@ def test_the_base_among_the_models_is_no_model_of_the_grid(folder: Path, call: A
     assert made.recipe(0).models[2].parameters == {"weight": 0.25}
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "models: [{model: a}]\nparameters: {weight: 1, density: [0.1, 1]}",
+            "gradients or filters",
+        ),
+        (
+            "models: [{model: a}]\nparameters: {weight: {filter: fc, value: 1}}",
+            "gradients or filters",
+        ),
+        (
+            "slices: [{sources: [{model: base, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]}]\n"
+            "parameters: {weight: 1}",
+            "slices or modules",
+        ),
+        (
+            "modules: {default: {models: [{model: a, parameters: {weight: 1}}]}}",
+            "slices or modules",
+        ),
+        ("models: [{model: a}]\ntensors: union\nparameters: {weight: 1}", "tensors: union"),
+    ],
+)
+def test_a_sweep_needs_whole_models_and_one_number_for_all_tensors(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid(f"merge_method: ties\nbase_model: base\n{text}\n", "lambda=1,2")
+
+
+def test_a_gradient_that_the_grid_varies_is_replaced() -> None:
+    text = (
+        "merge_method: ties\nbase_model: base\nmodels: [{model: a}]\n"
+        "parameters: {weight: 1, density: [0.1, 1]}\n"
+    )
+    made = grid(text, "density=0.25,0.5")
+    assert [made.recipe(i).parameters["density"] for i in range(2)] == [0.25, 0.5]
+
+
 def test_what_the_grid_sets_may_be_missing_in_the_recipe(folder: Path) -> None:
     text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
     assert grid(text, "weight=0.5,1").swept["weight"].tolist() == [0.5, 1.0]
