@@ -187,12 +187,8 @@ def _nothing_found(folder: str) -> str:
         if name.endswith((*TORCH_SUFFIXES, ".partial")) and not name.startswith(".")
     )
     if os.path.exists(os.path.join(folder, _ORBAX_MARK)):
-        return "an orbax checkpoint: read it with jaxmerge.converters.load_orbax"
+        return "an orbax checkpoint: `jaxmerge convert` reads it, and converters.load_orbax"
     message = f"no checkpoint: expected {SAFETENSORS_NAME}, an index with shards, or {TORCH_NAME}"
-    if os.path.isfile(os.path.join(folder, "_CHECKPOINT_METADATA")):
-        return (
-            f"{message}; this is a folder of orbax's: `jaxmerge convert` reads it, and load_orbax"
-        )
     if any(name.endswith(".partial") for name in others):
         return f"{message}; found unfinished files: {', '.join(others)}"
     if others:

@@ -16,7 +16,7 @@ def attend(
     bias: jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    r"""softmax(scale q k^T + bias) v for each head; the softmax in float32.
+    r"""softmax(scale q k^T + bias) v for each head; the softmax in float32 or wider.
 
     Query head h reads key head h // (heads / key_heads). A query that may read nothing gets the mean of all values.
 
@@ -43,8 +43,9 @@ def attend(
     precision = precision_of(value.dtype)
     # The heads of one group share a product, so keys and values are never repeated.
     grouped = query.reshape(batch, queries, key_heads, groups, width)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = scale * jnp.einsum(
-        "bqkgd,bskd->bkqgs", grouped, key, precision=precision, preferred_element_type=jnp.float32
+        "bqkgd,bskd->bkqgs", grouped, key, precision=precision, preferred_element_type=wide
     )
     if bias is not None:
         by_group = bias.reshape(bias.shape[0], key_heads, groups, queries, slots)

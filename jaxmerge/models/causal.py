@@ -207,14 +207,14 @@ class CausalLM(nn.Module):
 def scores(
     hidden: jax.Array, table: jax.Array, *, axis: int, precision: jax.lax.Precision | None
 ) -> jax.Array:
-    """Hidden states against every token's vector, summed up in float32 whatever the dtype: losses need it."""
+    """Hidden states against every token's vector, summed up in float32 or wider whatever the dtype: losses need it."""
     contracting = ((hidden.ndim - 1,), (axis,))
     return jax.lax.dot_general(
         hidden,
         table.astype(hidden.dtype),
         (contracting, ((), ())),
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
     )
 
 

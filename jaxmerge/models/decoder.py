@@ -119,7 +119,7 @@ class Contexts(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon), times (scale + offset), in float32."""
+    """x / sqrt(mean(x^2) + epsilon), times (scale + offset), in float32 or wider."""
 
     epsilon: float
     offset: float
@@ -128,8 +128,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         initial = nn.initializers.constant(1 - self.offset)
-        scale = self.param("scale", initial, (hidden.shape[-1],)).astype(jnp.float32) + self.offset
-        wide = hidden.astype(jnp.float32)
+        wide = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        scale = self.param("scale", initial, (hidden.shape[-1],)).astype(wide.dtype) + self.offset
         mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = scale.reshape((1,) * (hidden.ndim - 1) + scale.shape)
         return (wide * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(self.dtype)

@@ -207,7 +207,7 @@ def test_a_model_goes_to_orbax_and_comes_back(tmp_path: Path) -> None:
     assert (made.tensors, made.nbytes) == (2, 60)
     convert(tmp_path / "m.orbax", tmp_path / "back")
     np.testing.assert_equal(load_checkpoint(tmp_path / "back"), tensors)
-    with pytest.raises(CheckpointError, match="a folder of orbax's: `jaxmerge convert` reads it"):
+    with pytest.raises(CheckpointError, match="an orbax checkpoint"):
         open_checkpoint(tmp_path / "m.orbax")
     convert(tmp_path / "m.orbax", tmp_path / "half.safetensors", dtype="bfloat16")
     assert load_checkpoint(tmp_path / "half.safetensors")["fc1.bias"].dtype.name == "bfloat16"

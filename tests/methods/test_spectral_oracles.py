@@ -95,7 +95,8 @@ def rank_one(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if len(shape) != 2:
         return rng.integers(-4, 5, shape).astype(np.float32)
-    left, right = (rng.integers(1, 6, size) * rng.choice([-1, 1], size) for size in shape)
+    # No two magnitudes are equal: which of them is trimmed would be for rounding to say.
+    left, right = ((1 + rng.permutation(size)) * rng.choice([-1, 1], size) for size in shape)
     return np.outer(left, right).astype(np.float32)
 
 

@@ -86,12 +86,6 @@ def test_the_config_says_the_dtype_of_the_weights(
     assert json.loads(Path("out/config.json").read_text()) == expected
 
 
-def test_a_config_that_is_no_json_is_copied(folder: Path) -> None:
-    write("a/config.json", "{")
-    merge(LINEAR + "dtype: bfloat16")
-    assert Path("out/config.json").read_text() == "{"
-
-
 def test_the_card_does_not_replace_a_copied_one(folder: Path) -> None:
     merge(LINEAR, "first")
     card = Path("first/README.md").read_text()

@@ -42,6 +42,7 @@ def read_spec(labels: Mapping[str, Sequence[Label]], uses: Uses) -> PermutationS
             # What the program never reads could be permuted at will, to no end.
             continue
         leaves[path] = [None if label is None else flat(label) for label in axes]
+    _fix_what_is_not_read(leaves, uses)
     _fix_what_cannot_be_said(leaves)
     within = _parents(leaves)
     moving = _moving(leaves, within)
@@ -56,6 +57,16 @@ def read_spec(labels: Mapping[str, Sequence[Label]], uses: Uses) -> PermutationS
         if any(axis is not None for axis in found):
             bindings.append((path, Binding(found)))
     return PermutationSpec(nodes, tuple(bindings))
+
+
+def _fix_what_is_not_read(leaves: Leaves, uses: Uses) -> None:
+    """Rows that a program leaves out (the positions beyond its inputs) say nothing of any order."""
+    for path, axes in leaves.items():
+        read = {a for atom in uses.read.get(path, ()) for a in proper(atom)}
+        for label in axes:
+            for segment in label or []:
+                if not any(a in read for atom in segment for a in proper(atom)):
+                    fix([segment])
 
 
 def _fix_what_cannot_be_said(leaves: Leaves) -> None:

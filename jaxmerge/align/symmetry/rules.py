@@ -27,6 +27,7 @@ from jaxmerge.align.symmetry.atoms import (
     unify,
 )
 from jaxmerge.align.symmetry.values import Known, Traced, Uses, Value, labels_of, opaque, shape_of
+from jaxmerge.tracing.interpreter import CALLS
 
 Labels = list[Label]
 Rule = Callable[[JaxprEqn, Sequence[Value], Uses], list[Value]]
@@ -41,6 +42,11 @@ def rule_of(name: str) -> Rule | None:
     if name.startswith("reduce_window"):
         return _windows
     return _RULES.get(name)
+
+
+def moves_only(name: str) -> bool:
+    """Whether a primitive hands its operand on as it is, or a part of it."""
+    return name in _CASTS or name in _MOVES or name in CALLS
 
 
 def _shapes(eqn: JaxprEqn) -> list[tuple[int, ...]]:
@@ -572,6 +578,17 @@ def _gather(eqn: JaxprEqn, operands: Sequence[Value], uses: Uses) -> list[Value]
     return [Traced(out)]
 
 
+_MOVES = {
+    "broadcast_in_dim",
+    "dynamic_slice",
+    "expand_dims",
+    "reshape",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+    "scan",
+}
 _RULES: dict[str, Rule] = {
     "argmax": _arg_reduce,
     "argmin": _arg_reduce,

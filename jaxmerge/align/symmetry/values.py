@@ -47,6 +47,7 @@ class Uses:
       contracted: per leaf, the atoms over which it is contracted.
       looked_up: the leaves that are indexed, as an embedding is.
       seen: all leaves that the program reads.
+      read: per leaf, the atoms of those parts of it that an operation computes with.
       operations: every operation in the order in which they run: where it stands (its index in the program, and in
         those that it is within), itself, its operands.
     """
@@ -55,6 +56,7 @@ class Uses:
     contracted: dict[str, list[Atom]] = field(default_factory=dict)
     looked_up: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
+    read: dict[str, list[Atom]] = field(default_factory=dict)
     operations: list[tuple[Position, JaxprEqn, list[Value]]] = field(default_factory=list)
     within: list[int] = field(default_factory=list)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from jaxmerge.align.symmetry.atoms import Atom, Label, fix, forget, unify
-from jaxmerge.align.symmetry.rules import rule_of
+from jaxmerge.align.symmetry.rules import moves_only, rule_of
 from jaxmerge.align.symmetry.values import (
     Known,
     Traced,
@@ -46,7 +46,12 @@ def walk(
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
-        uses.seen |= {v.path for v in operands if isinstance(v, Traced) and v.path is not None}
+        for value in operands:
+            if isinstance(value, Traced) and value.path is not None:
+                uses.seen.add(value.path)
+                if not moves_only(eqn.primitive.name):
+                    atoms = uses.read.setdefault(value.path, [])
+                    atoms += [a for label in value.labels for s in label or [] for a in s]
         uses.within.append(i)
         uses.operations.append((tuple(uses.within), eqn, operands))
         known.update(zip(eqn.outvars, _step(eqn, operands, uses), strict=True))
