@@ -214,9 +214,10 @@ def rotate(heads: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
       sine: likewise.
 
     Returns:
-      Like `heads`, in float32.
+      Like `heads`, in float32 or wider.
     """
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    wide = heads.astype(jnp.promote_types(heads.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
     cosine, sine = cosine[:, :, None, :], sine[:, :, None, :]
     return jnp.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], axis=-1
