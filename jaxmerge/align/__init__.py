@@ -1,14 +1,18 @@
 """Alignment: which units of which model correspond, and models brought into each other's order."""
 
 from jaxmerge.align.assignment import assign, sinkhorn
+from jaxmerge.align.batch_norm import reset_batch_norm
 from jaxmerge.align.describing import describe
 from jaxmerge.align.matching import MatchInfo, match, match_path
 from jaxmerge.align.permuting import Permutations, compose, identity, inverse, permute, random
+from jaxmerge.align.repairing import RepairInfo, repair
 from jaxmerge.align.similarity import activation_similarity, weight_similarity
 from jaxmerge.align.spaces import Space, activation_space, dual_space, weight_space
 from jaxmerge.align.spec import Axis, Binding, Node, PermutationSpec
 from jaxmerge.align.symmetry import symmetry
+from jaxmerge.align.transporting import transport
 from jaxmerge.align.verifying import verify
+from jaxmerge.fusion.paths import barrier
 
 __all__ = [
     "Axis",
@@ -17,10 +21,12 @@ __all__ = [
     "Node",
     "PermutationSpec",
     "Permutations",
+    "RepairInfo",
     "Space",
     "activation_similarity",
     "activation_space",
     "assign",
+    "barrier",
     "compose",
     "describe",
     "dual_space",
@@ -30,8 +36,11 @@ __all__ = [
     "match_path",
     "permute",
     "random",
+    "repair",
+    "reset_batch_norm",
     "sinkhorn",
     "symmetry",
+    "transport",
     "verify",
     "weight_similarity",
     "weight_space",
