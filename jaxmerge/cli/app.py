@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from jaxmerge.cli import (
+    align,
     convert,
     doctor,
     extract_lora,
@@ -59,6 +60,7 @@ for _command in (
     sweep.sweep,
     convert.convert,
     extract_lora.extract_lora,
+    align.align,
     inspect.inspect,
     doctor.doctor,
     quickstart.quickstart,
