@@ -191,7 +191,8 @@ def _families(
     if found:
         return tuple(found), None
     if len(candidates) > 1:
-        problem = "the tensors' names and shapes are those of no family"
+        lacking = "" if config else "there is no config.json, and "
+        problem = f"{lacking}the tensors' names and shapes are those of no family"
     return (), problem
 
 

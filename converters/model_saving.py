@@ -132,22 +132,22 @@ def check_leaves(leaves: Mapping[str, Any], config: ModelConfig, where: str) -> 
     unexpected = [path for path in leaves if path not in layout]
     said = []
     if missing:
-        said.append(f"missing {listed(missing)}{nearest(missing[0], unexpected)}")
+        said.append(f"missing {listed(missing)}.{nearest(missing[0], unexpected)}")
     if unexpected:
-        said.append(f"unexpected {listed(unexpected)}{nearest(unexpected[0], layout)}")
+        said.append(f"unexpected {listed(unexpected)}.{nearest(unexpected[0], layout)}")
     if not said and any(one.stacked for one in layout.values()):
         # The family's shapes are those of single layers; a stacked leaf is checked by its layout.
         for path, one in layout.items():
             one.check(path, leaves[path].shape)
     elif not said:
         said += [
-            f"{path!r} expected {list(shape)}, found {list(np.shape(leaves[path]))}"
+            f"{path!r} expected {list(shape)}, found {list(np.shape(leaves[path]))}."
             for path, shape in config.table.shapes(config.model).items()
             if np.shape(leaves[path]) != shape
         ][:4]
     if said:
         raise CheckpointError(
-            f"{where}: not the parameters of {config.family} with this config: {'. '.join(said)}"
+            f"{where}: not the parameters of {config.family} with this config: {' '.join(said)}"
         )
 
 

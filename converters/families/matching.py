@@ -111,12 +111,12 @@ def disagreements(match: Match, tensors: Mapping[str, TensorInfo]) -> list[str]:
     ]
     said = []
     if missing:
-        said.append(f"missing {listed(missing)}{_hint(missing, unexpected)}")
+        said.append(f"missing {listed(missing)}.{_hint(missing, unexpected)}")
     if unexpected:
-        said.append(f"unexpected {listed(unexpected)}{_hint(unexpected, missing or known)}")
+        said.append(f"unexpected {listed(unexpected)}.{_hint(unexpected, missing or known)}")
     if shaped:
         more = f" and {len(shaped) - 4} more" if len(shaped) > 4 else ""
-        said.append(f"shapes that do not fit the config: {'; '.join(shaped[:4])}{more}")
+        said.append(f"shapes that do not fit the config: {'; '.join(shaped[:4])}{more}.")
     return said
 
 
@@ -187,7 +187,7 @@ def _match(
     match = Match(family, config, prefix)
     said = disagreements(match, tensors)
     if said:
-        raise _NearMiss(". ".join(said))
+        raise _NearMiss(" ".join(said))
     return match
 
 

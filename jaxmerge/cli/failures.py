@@ -38,8 +38,10 @@ class Commands(TyperGroup):
                 _report(f"terminated; {note}")
             raise
         except Exception as error:
-            # Exits and errors of usage have an exit code of their own.
-            if debug or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+            # Exits and errors of usage have an exit code of their own. A broken pipe is a reader of
+            # the output, such as `head`, that has enough: typer ends without a word.
+            quiet = isinstance(error, typer.Abort | BrokenPipeError)
+            if debug or quiet or hasattr(error, "exit_code"):
                 raise
             code, text = explain(error)
             _report("\n".join([text, *getattr(error, "__notes__", ())]))

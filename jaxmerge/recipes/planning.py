@@ -37,7 +37,7 @@ from jaxmerge.recipes.schema import Recipe
 from jaxmerge.recipes.sources import Sources
 from jaxmerge.recipes.streaming.memory import memory_needed
 from jaxmerge.recipes.tokenizers import TokenizerFiles
-from jaxmerge.tree import depths
+from jaxmerge.tree import depths, nearest
 
 _LISTED = 5
 
@@ -152,6 +152,7 @@ class _Planner:
         self._indices: dict[int, int] = {}
         self._numbers: dict[Hashable, tuple[Hyperparameters, list[tuple[str, int | None]]]] = {}
         self._filters = [part.parameters.filters for part in resolved.parts]
+        self._idle = dict.fromkeys(text for part in self._filters for text in part)
         self._others: dict[str, list[str]] = {}
         self._wrong: dict[str, list[str]] = {}
         self._unset: dict[tuple[str, str | None], list[str]] = {}
@@ -176,6 +177,7 @@ class _Planner:
             return
         self.tensors, self.ties = _tied(self.tensors, self.sources.opened, self.notes)
         self._note_idle_bases()
+        self._note_idle_filters()
         self.config = self._config(matcher)
 
     def _check_sources(self) -> None:
@@ -291,6 +293,9 @@ class _Planner:
         assert matched.part is not None
         filters = self._filters[matched.part]
         told = tuple(text in name for name in (matched.name, *names) for text in filters)
+        for text in filters:
+            if text in self._idle and any(text in name for name in (matched.name, *names)):
+                del self._idle[text]
         at = matched.at if part.parameters.varies else 0.0
         key = (id(method), matched.part, at, told, tuple(places))
         if key not in self._numbers:
@@ -397,6 +402,13 @@ class _Planner:
             if part.slice is None and base in [self.sources.of(m.reference) for m in part.models]:
                 name = self.sources.opened[base].name
                 self.notes.append(f"{name} is also a model to merge: its task vector is 0")
+
+    def _note_idle_filters(self) -> None:
+        parts = {part for tensor in self.tensors for part in tensor.name.split(".")}
+        for text in self._idle:
+            self.notes.append(
+                f"filter {text!r} is in the name of no tensor that is merged{nearest(text, parts)}"
+            )
 
     # The config of the output
 

@@ -179,6 +179,9 @@ def _changed(record: Mapping[str, Any], plan: Plan, hashes: Mapping[str, str]) -
     """Says which files of the sources are not those that were merged."""
     notes = []
     for was, source in zip(record["sources"], plan.sources, strict=False):
+        if not was["files"]:
+            # A merge of the same recipe's file, which was not made yet when this one was planned.
+            continue
         recorded = [file["sha256"] for file in was["files"]]
         found = [hashes.get(file, UNKNOWN) for file, _, _ in source.files]
         for file, old, new in zip(was["files"], recorded, found, strict=False):

@@ -18,6 +18,19 @@ def test_the_module_runs_as_a_command() -> None:
     assert done.stderr == ""
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxmerge", "methods"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+
+
 @pytest.mark.parametrize("command", [(), ("merge",), ("plan",), ("sweep",), ("doctor",)])
 def test_help_names_the_exit_codes(call: Any, command: tuple[str, ...]) -> None:
     result = call(*command, "--help")

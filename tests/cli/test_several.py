@@ -40,6 +40,7 @@ def test_each_goes_to_a_folder_of_its_name_after_those_that_it_uses(
     assert again.stdout.count("is the result of this merge already") == 2
     reproduced = call("reproduce", "out/final")
     assert reproduced.exit_code == 0, reproduced.stdout + reproduced.stderr
+    assert "note" not in reproduced.stderr
 
 
 def test_all_are_planned_before_any_is_run(folder: Path, call: Any) -> None:

@@ -122,7 +122,7 @@ def test_a_merge_with_the_layout_is_the_merge_of_the_checkpoints(tmp_path: Path)
         ({"fc2.bias": None}, "missing 'fc2.bias'"),
         (
             {"fc2.bias": None, "fc2.bais": np.zeros(3, "f4")},
-            "missing 'fc2.bias' Nearest: 'fc2.bais'",
+            "missing 'fc2.bias'. Nearest: 'fc2.bais'",
         ),
         ({"head": np.zeros(3, "f4")}, "unexpected 'head'"),
         (

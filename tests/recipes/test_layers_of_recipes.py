@@ -210,3 +210,15 @@ parameters: {{weight: 1}}
     assert len(merged) == 2 * LAYERS + 3 + (kind == "union")
     if kind == "union":
         assert merged["extra.weight"].tolist() == [1, 1]
+
+
+def test_a_filter_that_no_name_contains_is_noted(models: dict) -> None:
+    recipe = """
+merge_method: linear
+models:
+- {model: a, parameters: {weight: [{filter: self_atn, value: 0}, {filter: mlp, value: 2}, {value: 1}]}}
+- {model: b, parameters: {weight: [{filter: "*", value: 1}]}}
+"""
+    assert make_plan(parse(recipe)).notes == (
+        "filter 'self_atn' is in the name of no tensor that is merged; did you mean 'self_attn'?",
+    )
