@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmerge.converters.folder import SAFETENSORS_SUFFIX, TORCH_SUFFIXES, locate
+from jaxmerge.converters.folder import GGUF_SUFFIX, SAFETENSORS_SUFFIX, TORCH_SUFFIXES, locate
+from jaxmerge.converters.orbax_converting import SUFFIX as ORBAX_SUFFIX
 from jaxmerge.converters.partial_file import SUFFIX as PARTIAL_SUFFIX
 from jaxmerge.recipes.journal import head_of
 
@@ -100,6 +101,10 @@ def output_problems(
             unfinished run cannot be told from another's.
         overwrite: what is there may be replaced.
     """
+    if output.suffix in (GGUF_SUFFIX, ORBAX_SUFFIX):
+        return [
+            f"{output}: a merge is written as safetensors or PyTorch, not as {output.suffix[1:]}"
+        ]
     for source in sources:
         if _covers(output, source):
             return [f"{output}: the output would overwrite the source {source}"]

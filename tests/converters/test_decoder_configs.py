@@ -241,7 +241,7 @@ def test_a_config_that_a_family_cannot_express_is_not_written() -> None:
         ({"vocab_size": None}, {}, "config.json lacks 'vocab_size'"),
         ({"hidden_size": "32"}, {}, "a whole number above 0 as hidden_size, found '32'"),
         ({"model_type": "mistral", "sliding_window": 0}, {}, "above 0 as sliding_window, found 0"),
-        ({"num_hidden_layers": 10**12}, {}, "num_hidden_layers 1000000000000, but there are 21"),
+        ({"num_hidden_layers": 10**12}, {}, "num_hidden_layers = 1000000000000, the checkpoint 21"),
         ({}, {"lm_head.weight": None}, "missing 'lm_head.weight'"),
         ({"tie_word_embeddings": True}, {}, "'lm_head.weight' tied to 'model.embed_tokens.weight'"),
         ({}, {"model.layers.0.mlp.extra": 3}, "unexpected 'model.layers.0.mlp.extra'"),

@@ -308,6 +308,12 @@ def test_a_source_is_never_overwritten(folder: Path, out: str) -> None:
     assert "would overwrite the source" in found
 
 
+@pytest.mark.parametrize("kind", ["gguf", "orbax"])
+def test_a_format_that_is_not_written_is_refused(folder: Path, kind: str) -> None:
+    (found,) = problems(out=f"merged.{kind}")
+    assert found == f"merged.{kind}: a merge is written as safetensors or PyTorch, not as {kind}"
+
+
 def test_folder_and_file_are_not_confused(folder: Path) -> None:
     (folder / "x.safetensors").mkdir()
     (folder / "file").write_text("")
