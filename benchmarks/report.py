@@ -95,7 +95,7 @@ def read(path: Path) -> Report:
     return Report(**{**fields, "tables": [Table(**table) for table in fields["tables"]]})
 
 
-PLACES = ("--json", "--data", "--scratch", "--mergekit", "--plot")
+PLACES = ("--json", "--data", "--scratch", "--mergekit", "--plot", "--reference")
 """Options that say where files lie, which is nobody else's business."""
 
 

@@ -92,31 +92,31 @@ def activation_similarity(
       >>> activation_similarity(spec, mlp, params, params, [x])["fc1"].round(3).tolist()
       [[1.0, -1.0], [-1.0, 1.0]]
     """
+    function = _hashable(apply_fn)
     total: dict[str, Moments] | None = None
-    step = None
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        if step is None:
-            sites = find_sites(spec, apply_fn, a, *inputs)
-            shapes = _shapes(inputs)
-            step = jax.jit(functools.partial(_batch_moments, sites, apply_fn))
-        elif _shapes(inputs) != shapes:
-            sites, shapes = find_sites(spec, apply_fn, a, *inputs), _shapes(inputs)
-            step = jax.jit(functools.partial(_batch_moments, sites, apply_fn))
-        found = step(a, b, inputs)
+        found = _batch_moments(spec, function, a, b, inputs)
         total = found if total is None else {k: combined(total[k], m) for k, m in found.items()}
     if total is None:
         raise ValueError("activations need at least one batch of inputs, found none")
     return {name: correlation(m) for name, m in total.items()}
 
 
-def _shapes(inputs: Any) -> list[tuple[int, ...]]:
-    return [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
+def _hashable(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that programs can be kept for; those of objects that cannot be hashed are compiled at each call."""
+    try:
+        hash(apply_fn)
+    except TypeError:
+        return functools.partial(apply_fn)
+    return apply_fn
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _batch_moments(
-    sites: Any, apply_fn: Callable[..., Any], a: Any, b: Any, inputs: tuple[Any, ...]
+    spec: PermutationSpec, apply_fn: Callable[..., Any], a: Any, b: Any, inputs: tuple[Any, ...]
 ) -> dict[str, Moments]:
+    sites = find_sites(spec, apply_fn, a, *inputs)
     of_a, of_b = (activations(sites, apply_fn, params, *inputs) for params in (a, b))
     return {name: moments(of_a[name], of_b[name]) for name in of_a}
 

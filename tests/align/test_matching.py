@@ -198,3 +198,32 @@ def test_what_is_missing_or_broken_is_said() -> None:
         jm.align.match(spec, a, broken, jm.align.weight_space())
     with pytest.raises(ValueError, match=r"axis 0 of 'fc1.weight' has 12 indices in the spec, 13"):
         jm.align.match(spec, a, draw_mlp(0, (5, 13, 12, 12, 4)), jm.align.weight_space())
+
+
+def test_a_model_is_traced_once_for_all_activations_of_its_kind() -> None:
+    calls = []
+
+    def function(params: Any, x: jax.Array) -> jax.Array:
+        calls.append(x.shape)
+        return mlp(params, x)
+
+    a, b = draw_mlp(0), draw_mlp(1)
+    spec = jm.align.symmetry(function, a, X)
+    first = jm.align.activation_similarity(spec, function, a, b, [X, X])
+    calls.clear()
+    again = jm.align.activation_similarity(spec, function, a, b, [X])
+    assert not calls
+    chex.assert_trees_all_close(first, again, atol=1e-5)
+
+
+def test_a_function_that_cannot_be_hashed_has_activations() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+            return mlp(params, x)
+
+    a = draw_mlp(0)
+    spec = jm.align.symmetry(mlp, a, X)
+    found = jm.align.activation_similarity(spec, Unhashable(), a, a, [X])
+    chex.assert_trees_all_equal(found, jm.align.activation_similarity(spec, mlp, a, a, [X]))
