@@ -35,6 +35,7 @@ from jaxmerge.recipes.tokenizers import (
     tokenizer_files,
     vocabulary_size,
 )
+from jaxmerge.tree import nearest
 
 _GENERATION = "generation_config.json"
 
@@ -205,7 +206,11 @@ class EmbeddingRows:
         base = self._resolved.recipe.base_model
         source = tokenizer.source
         if isinstance(source, ModelReference):
-            path = source.locate(self._resolved.recipe.folder)
+            try:
+                path = source.locate(self._resolved.recipe.folder)
+            except FileNotFoundError as error:
+                hint = nearest(str(source), ("union", "base"))
+                raise FileNotFoundError(f"{error}{hint}") from None
             source = str(path if path.is_dir() else path.parent)
         return plan_vocabulary(
             [self._model(reference) for reference in self._models],

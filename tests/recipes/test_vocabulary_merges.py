@@ -193,6 +193,8 @@ def test_the_fingerprint_tells_vocabularies_apart(models, tmp_path):
             "its source b has no token 'k'",
         ),
         (("tokenizer_source: nowhere",), "nowhere"),
+        (("tokenizer_source: unoin",), "r.yaml:7: no file or folder 'unoin'"),
+        (("tokenizer_source: unoin",), "; did you mean 'union'?"),
     ],
 )
 def test_what_cannot_be_done_is_found_before_any_work(models, lines, message):
