@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.align.assignment import Solver, assign
-from jaxmerge.align.permuting import Permutations, check, identity
+from jaxmerge.align.permuting import Permutations, check, identity, random
 from jaxmerge.align.similarity import (
     Rows,
     Similarities,
@@ -163,6 +163,67 @@ def match_path(
     return found, info
 
 
+def match_restarts(
+    spec: PermutationSpec,
+    a: Any,
+    b: Any,
+    space: Space,
+    restarts: int,
+    *,
+    x: Any = None,
+    apply_fn: Callable[..., Any] | None = None,
+    similarities: Similarities | None = None,
+    key: jax.Array | None = None,
+    sweeps: int = 100,
+    patience: int = 5,
+    solver: Solver = "auto",
+) -> tuple[Permutations, MatchInfo]:
+    """Matches many times at once, each time in other orders of visits and from another start, and keeps the best.
+
+    Args:
+      restarts: how many, static; the first starts as `match` does, in spaces without activations from `b` as it is, the
+        others there from random permutations.
+      key: for starts and orders; by default ``jax.random.key(0)``.
+      Others: as for `match`.
+
+    Returns:
+      As `match`, of the restart with the best score.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxmerge as jm
+      >>> mlp = lambda p, x: jnp.tanh(x @ p["fc1"]) @ p["fc2"]
+      >>> a, b = ({"fc1": jax.random.normal(jax.random.key(i), (3, 8)), "fc2": jnp.ones((8, 2))} for i in (0, 1))
+      >>> spec = jm.align.symmetry(mlp, a, jnp.ones((1, 3)))
+      >>> found, info = jm.align.match_restarts(spec, a, b, jm.align.weight_space(), 4)
+      >>> found["fc1"].shape, info.score.shape
+      ((8,), ())
+
+    Reference:
+      Ainsworth et al., Git Re-Basin, ICLR 2023 (the descent depends on its random orders).
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts: expected 1 or more, found {restarts}")
+    problem, _, _ = _prepared(
+        spec, a, b, space, x, apply_fn, similarities, None, None, None, sweeps
+    )
+    settings = _Settings(sweeps, patience, solver)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, restarts)
+    visits = jax.vmap(lambda k: visiting_turns(problem.static.trees, None, k, sweeps))(keys)
+    first = None
+    if not space.data:
+        first = jax.vmap(lambda k: random(problem.static.spec, jax.random.fold_in(k, 1)))(keys)
+        still = identity(problem.static.spec)
+        first = {name: p.at[0].set(still[name]) for name, p in first.items()}
+
+    def one(visits: jax.Array, first: Permutations | None) -> tuple[Permutations, MatchInfo]:
+        return _descend(problem.static, settings, space, problem.arrays, visits, first)
+
+    found, info = jax.vmap(one)(visits, first)
+    _check_finite(info)
+    best = jnp.argmax(info.score)
+    return jax.tree.map(lambda leaf: leaf[best], (found, info))
+
+
 class _Settings(NamedTuple):
     sweeps: int
     patience: int
@@ -208,7 +269,7 @@ def _prepared(
     found = trees(spec)
     if not found:
         raise ValueError("nothing can be permuted: the spec has no free node")
-    _check_alpha(spec, space)
+    check_alpha(spec, space)
     if space.data and similarities is None:
         if x is None or apply_fn is None:
             raise ValueError(
@@ -224,10 +285,10 @@ def _prepared(
     )
     static = _Static(spec, found, _neighbours(spec, found))
     first = None if start is None else check(spec, start)
-    return _Problem(static, arrays), _visits(found, order, key, sweeps), first
+    return _Problem(static, arrays), visiting_turns(found, order, key, sweeps), first
 
 
-def _check_alpha(spec: PermutationSpec, space: Space) -> None:
+def check_alpha(spec: PermutationSpec, space: Space) -> None:
     if isinstance(space.alpha, Mapping):
         names = [node.name for node in spec.free()]
         for name in space.alpha:
@@ -286,7 +347,7 @@ def _neighbours(spec: PermutationSpec, found: Sequence[Tree]) -> tuple[tuple[boo
     )
 
 
-def _visits(
+def visiting_turns(
     found: Sequence[Tree],
     order: Sequence[Sequence[str | int]] | None,
     key: jax.Array | None,
@@ -443,7 +504,7 @@ def _start(
                 for chain in tree.chains
                 if chain.node in arrays.activations
             }
-            found, score = _match_tree(
+            found, score = match_tree(
                 static.spec, tree, similar, state.permutations, settings.solver
             )
             state = state._replace(
@@ -487,7 +548,7 @@ def _visit(
             one = _blended(chain, space, weights, arrays)
             if one is not None:
                 similar[chain.node] = one
-        found, score = _match_tree(static.spec, tree, similar, state.permutations, settings.solver)
+        found, score = match_tree(static.spec, tree, similar, state.permutations, settings.solver)
         moved = jnp.any(
             jnp.stack([jnp.any(found[name] != state.permutations[name]) for name in found])
         )
@@ -560,7 +621,7 @@ def _info(static: _Static, scores: jax.Array, sweeps: jax.Array, settled: jax.Ar
     return MatchInfo(jnp.mean(scores), sweeps, each, settled)
 
 
-def _match_tree(
+def match_tree(
     spec: PermutationSpec,
     tree: Tree,
     similar: Similarities,

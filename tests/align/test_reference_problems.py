@@ -87,6 +87,47 @@ def test_permutations_and_merged_weights(problem: Problem) -> None:
             )
 
 
+ZIPS = {
+    "act_zip": jm.align.activation_space(),
+    "wgt_zip": jm.align.weight_space(),
+    "dual_zip_a0.5": jm.align.dual_space(0.5),
+}
+
+
+def test_zips(problem: Problem) -> None:
+    groups = list(problem.nodes)
+    order = [[problem.nodes[groups[i]] for i in row] for row in problem.file["visit_order"]]
+    for mode, space in ZIPS.items():
+        merged, info = jm.align.zipit(
+            problem.spec,
+            [problem.a, problem.b],
+            space,
+            x=problem.batches,
+            apply_fn=problem.function,
+            order=order,
+        )
+        # The official code's epsilon: a factor for each unit that is produced, by the size of its cluster.
+        factors = {}
+        for group, node in problem.nodes.items():
+            merge, unmerge = (
+                np.concatenate(m) for m in jm.align.merge_matrices(info.clusters[node])
+            )
+            np.testing.assert_array_equal(unmerge, problem.file[f"{mode}/unmerge/{group}"])
+            sizes = unmerge.sum(0)
+            factors[node] = sizes / (sizes + 1e-5)
+            expected = problem.file[f"{mode}/merge_scaled/{group}"]
+            np.testing.assert_allclose(merge * factors[node], expected, rtol=1e-12)
+        for path, binding in problem.spec.leaves:
+            expected = problem.file[f"{mode}/merged/{path}"]
+            if "running" in path:
+                continue
+            for i, axis in binding.moving():
+                if axis.role != "in":
+                    shape = [-1 if j == i else 1 for j in range(expected.ndim)]
+                    expected = expected / factors[axis.nodes()[0]].reshape(shape)
+            np.testing.assert_allclose(merged[path], expected, rtol=1e-8, atol=1e-10)
+
+
 def test_weight_matching_of_git_rebasin() -> None:
     file = np.load(FOLDER / "rebasin_mlp_planted.npz")
 
