@@ -15,7 +15,7 @@ from jaxmerge.align.straight import StraightInfo, match_ste
 from jaxmerge.align.symmetry import symmetry
 from jaxmerge.align.transporting import transport
 from jaxmerge.align.verifying import verify
-from jaxmerge.align.zipping import ZipInfo, merge_matrices, zipit
+from jaxmerge.align.zipping import ZipInfo, merge_matrices, partial_zip, zipit
 from jaxmerge.fusion.paths import barrier
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "match_restarts",
     "match_ste",
     "merge_matrices",
+    "partial_zip",
     "permute",
     "random",
     "repair",
