@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import pytest
 import typer
 
@@ -55,7 +56,11 @@ def test_python_examples_run_in_order_and_print_what_the_page_says(
             continue
         # Blank lines before the code give tracebacks the page's own line numbers.
         code = compile("\n" * block.line + block.text, str(page), "exec")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        # Users' functions run under JAX's own settings.
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+            jax.numpy_rank_promotion("allow"),
+        ):
             exec(code, names)
         if after is not None and after.info == "text":
             assert printed.getvalue() == after.text, f"{page.name}:{after.line}"
