@@ -60,7 +60,7 @@ def assign(similarity: ArrayLike, solver: Solver = "auto") -> jax.Array:
         _check_finite(np.asarray(matrices))
     if solver not in ("auto", "scipy", "hungarian", "paths"):
         raise ValueError(
-            f"unknown solver {solver!r}; there are 'auto', 'scipy', 'hungarian', 'auction'"
+            f"unknown solver {solver!r}; there are 'auto', 'scipy', 'hungarian', 'paths'"
         )
     n = matrices.shape[-1]
     if n == 0 or math.prod(matrices.shape[:-2]) == 0:
