@@ -52,9 +52,10 @@ def match_many(
 
     .. math:: \max_{\pi_1 \ldots \pi_N} \Big\lVert \sum_m \pi_m \theta_m \Big\rVert^2
 
-    by turns between the mean in the universe and the match of every model to it; it begins with the models matched to
-    the one that all others fit best. Whatever the scheme, the permutation from model i to model j is that from i to
-    the common order and back from it to j (`between`): along a cycle of models these come to the identity.
+    (in the measure of the space) by turns between the mean in the universe and the match of every model to it; it
+    begins with the models matched to the one that all others fit best. Whatever the scheme, the permutation from model
+    i to model j is that from i to the common order and back from it to j (`between`): along a cycle of models these
+    come to the identity.
 
     Args:
       spec: where the units stand.
@@ -93,9 +94,11 @@ def match_many(
     spec = spec.sized({path: np.shape(leaf) for path, leaf in flatten(models[0])[0].items()})
     key = jax.random.key(0) if key is None else key
 
-    def fitted(target: Any, model: Any) -> tuple[Permutations, float]:
+    def fitted(
+        target: Any, model: Any, start: Permutations | None = None
+    ) -> tuple[Permutations, float]:
         found, info = match(
-            spec, target, model, space, x=x, apply_fn=apply_fn, key=key, solver=solver
+            spec, target, model, space, x=x, apply_fn=apply_fn, start=start, key=key, solver=solver
         )
         return found, float(info.score)
 
@@ -119,11 +122,11 @@ def match_many(
         for i in np.asarray(jax.random.permutation(jax.random.fold_in(key, turn), len(models))):
             left_out = int(i) if scheme == "mean" else None
             target = _mean(spec, models, permutations, left_out)
-            found, score = fitted(target, models[i])
-            if score > scores[i] + 1e-6 or turn == 0:
-                moved |= not _same(found, permutations[i])
-                permutations = [found if j == i else p for j, p in enumerate(permutations)]
-            scores[i] = score
+            # Later rounds go on from where the model stands: another start could leave a better order.
+            first = permutations[i] if turn or scheme == "universe" else None
+            found, scores[i] = fitted(target, models[i], first)
+            moved |= not _same(found, permutations[i])
+            permutations = [found if j == i else p for j, p in enumerate(permutations)]
         if not moved:
             return permutations, ManyInfo(turn + 1, True, tuple(scores))
     return permutations, ManyInfo(rounds, False, tuple(scores))

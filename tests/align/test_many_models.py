@@ -54,7 +54,7 @@ def test_the_best_of_many_restarts_is_no_worse_than_the_first() -> None:
     one, alone = jm.align.match_restarts(spec, a, b, jm.align.weight_space(), 1)
     best, info = jm.align.match_restarts(spec, a, b, jm.align.weight_space(), 6)
     assert one["fc1"].shape == best["fc1"].shape == (12,)
-    assert info.score > alone.score
+    assert info.score >= alone.score
 
 
 def test_descent_through_the_projection_lowers_the_loss_of_the_merged_model() -> None:
