@@ -18,7 +18,7 @@ from jaxmerge.align.moments import correlation, moments
 from jaxmerge.align.similarity import Rows, compared
 from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Space
-from jaxmerge.align.spec import Axis, PermutationSpec, Segment
+from jaxmerge.align.spec import Axis, Binding, PermutationSpec, Segment
 from jaxmerge.align.trees import Chain, Place, Tree, trees
 from jaxmerge.align.units import rows
 from jaxmerge.tree import flatten, unflatten
@@ -170,9 +170,22 @@ def _in_order(spec: PermutationSpec, found: tuple[Tree, ...]) -> list[Tree]:
         }
     left, order = {tree.root: tree for tree in found}, []
     while left:
-        first = min(left, key=lambda name: len(needs[name] & set(left)))
+        # In a circle (a residual stream) the one that some kernel alone already speaks of.
+        ready = {
+            root[name]
+            for _, binding in spec.leaves
+            for _, axis in binding.moving()
+            if axis.role in ("out", "both")
+            for name in axis.nodes()
+            if name in root and not (_roots(binding, root) - {root[name]}) & set(left)
+        }
+        first = min(left, key=lambda name: (name not in ready, len(needs[name] & set(left))))
         order.append(left.pop(first))
     return order
+
+
+def _roots(binding: Binding, root: Mapping[str, str]) -> set[str]:
+    return {root[name] for _, axis in binding.moving() for name in axis.nodes() if name in root}
 
 
 def _similarity(
