@@ -28,6 +28,7 @@ class MLP(nn.Module):
     """Dense layers with an activation between them.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> model = MLP(MLPConfig((4, 8, 3)))
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 4)))
       >>> model.apply(variables, jnp.ones((2, 4))).shape

@@ -73,6 +73,7 @@ class PilotNet(nn.Module):
     """Convolutions without padding, then dense layers.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> model = PilotNet(PilotNetConfig((16, 16), ((4, 5, 2), (8, 3, 1)), (6,)))
       >>> images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
       >>> commands, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)

@@ -67,7 +67,9 @@ def _step(eqn: JaxprEqn, operands: list[Value], uses: Uses) -> list[Value]:
     name = eqn.primitive.name
     arrays = [operand.array for operand in operands if isinstance(operand, Known)]
     if len(arrays) == len(operands):
-        return [Known(value) for value in evaluate(eqn, arrays)]
+        # What depends on no argument is known, also where the walk is part of a trace.
+        with jax.ensure_compile_time_eval():
+            return [Known(value) for value in evaluate(eqn, arrays)]
     if name in CALLS:
         return walk(*called(eqn), operands, uses)
     if name == "scan":
