@@ -434,7 +434,7 @@ def _apply_batch(
 
     over = jax.vmap(run, in_axes=(0, 0 if per_tensor else None, 0))
     if not stacked:
-        results = [_restored(shapes[0], *run(chunk, values, found))]
+        results = [_restored(shapes[0], *run(chunk, values, found), whole=True)]
     elif len(shapes) > 1 and math.prod(chunk.shape[1:]) >= LARGE and not leaf.random:
         # Sliced before it is computed: a large result is then written once, where it belongs.
         results = []
@@ -467,7 +467,11 @@ def _share(shape: tuple[Transform, tuple[int, ...], bool], start: Any, stacked: 
 
 
 def _restored(
-    shape: tuple[Transform, tuple[int, ...], bool], merged: jax.Array, extra: Any
+    shape: tuple[Transform, tuple[int, ...], bool],
+    merged: jax.Array,
+    extra: Any,
+    *,
+    whole: bool = False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Brings one leaf, and its masks, from the checkpoint's form into its own."""
     transform, leaf_shape, layered = shape
@@ -476,12 +480,13 @@ def _restored(
     if extra is None:
         return restore(merged), None, None
     masks, factors = extra
-    return restore(merged), _together(list(map(restore, masks))), factors[0] if layered else factors
+    together = jnp.stack if whole else _together
+    return restore(merged), together(list(map(restore, masks))), factors[0] if layered else factors
 
 
 def _together(masks: list[jax.Array]) -> jax.Array:
-    """[models, ...]: a stack, each part written into its place. A concatenation would compute all parts in one loop
-    that branches on every element."""
+    """[models, ...]: a stack, each part written into its place. A concatenation of slices would compute all parts in
+    one loop that branches on every element."""
     together = jnp.zeros((len(masks), *masks[0].shape), bool)
     for i, mask in enumerate(masks):
         together = jax.lax.dynamic_update_index_in_dim(together, mask, i, 0)
