@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge._version import __version__
 
 if TYPE_CHECKING:
-    from jaxmerge import align, evaluation, fusion, learning, methods, models, statistics, tree
+    from jaxmerge import (
+        align,
+        evaluation,
+        fusion,
+        learning,
+        methods,
+        models,
+        search,
+        statistics,
+        tree,
+    )
     from jaxmerge.methods import MergeMethod, merge
 
 __all__ = [
@@ -23,6 +33,7 @@ __all__ = [
     "merge",
     "methods",
     "models",
+    "search",
     "statistics",
     "tree",
 ]
