@@ -153,7 +153,7 @@ class Space:
         """Writes a point as a genome, so that `decode` gives it back up to rounding.
 
         Args:
-          tree: like what `decode` returns, of concrete numbers; names may stand for the choices that have names.
+          tree: like what `decode` returns, of concrete numbers or nested lists; names may stand for choices with names.
 
         Returns:
           float32 [size].
@@ -161,16 +161,20 @@ class Space:
         Raises:
           ValueError: another structure or shape, a value out of bounds or none of the choices.
         """
-        leaves, _ = flatten(tree)
-        known = [path for path, _ in self.variables]
-        for path in leaves:
-            if path not in known:
-                raise ValueError(f"the space has no variable {path!r}{nearest(path, known)}")
+        try:
+            leaves = self.definition.flatten_up_to(tree)
+        except ValueError as error:
+            given, known = list(flatten(tree)[0]), [path for path, _ in self.variables]
+            for path in given:
+                if path not in known:
+                    text = f"the space has no variable {path!r}{nearest(path, known)}"
+                    raise ValueError(text) from None
+            lacking = [path for path in known if path not in given]
+            text = f"no value for the variable {lacking[0]!r}" if lacking else str(error)
+            raise ValueError(text) from None
         parts = []
-        for path, variable in self.variables:
-            if path not in leaves:
-                raise ValueError(f"no value for the variable {path!r}")
-            value = np.asarray(leaves[path])
+        for (path, variable), leaf in zip(self.variables, leaves, strict=True):
+            value = np.asarray(leaf)
             if value.shape != variable.shape:
                 raise ValueError(
                     f"{path}: expected shape {list(variable.shape)}, found {list(value.shape)}"

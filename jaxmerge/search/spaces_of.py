@@ -52,15 +52,16 @@ def space_of(
     Example:
       >>> import jaxmerge as jm
       >>> labels = {"layers/0/**": "first", "layers/1/**": "second", "**": "rest"}
-      >>> space = jm.search.space_of(jm.methods.ties(), labels, models=2, only=["density", "weight"])
+      >>> method = jm.methods.ties(scope="tensor")
+      >>> space = jm.search.space_of(method, labels, models=2, only=["density", "weight"])
       >>> [(path, variable.shape) for path, variable in space.variables]
       [('density/values', (3, 2)), ('weight/values', (3, 2))]
     """
     ranges = dict(ranges or {})
     low, high = method.models
     if models < low or (high is not None and models > high):
-        most = "" if high is None else f" to {high}"
-        raise ValueError(f"{method.name} takes {low}{most or ' or more'} models, found {models}")
+        most = " or more" if high is None else f" to {high}" if high > low else ""
+        raise ValueError(f"{method.name} takes {low}{most} models, found {models}")
     rules = None if labels is None else label_rules(labels)
     maker = _Maker(models, rules, ranges)
     known = list(_names(method.hyperparams))

@@ -208,8 +208,8 @@ class Categorical(_Variable):
 
     def encode(self, values: np.ndarray, path: str) -> np.ndarray:
         """[count] names, or what `decode` returns -> [count, choices]."""
-        if self.table is None and values.dtype.kind in "iu":
-            levels = [int(one) if 0 <= one < self.levels else None for one in values]
+        if self.table is None and values.dtype.kind in "iuf":
+            levels = [int(i) if i in range(self.levels) else None for i in values.tolist()]
         else:
             levels = [self.level_of(one) for one in values.tolist()]
         for value, level in zip(values.tolist(), levels, strict=True):
@@ -463,7 +463,7 @@ def when(path: str, choice: Any = True, *, index: Any = None) -> When:
       ...     "method": jm.search.categorical(["linear", "ties"]),
       ...     "density": jm.search.continuous(0.1, 1.0, when=jm.search.when("method", "ties"))})
       >>> space.active(space.encode({"method": "linear", "density": 0.3})).tolist()
-      [True, True, False]
+      [False, True, True]
     """
     if not isinstance(path, str):
         raise TypeError(f"when needs the path of a variable, found {path!r}")
