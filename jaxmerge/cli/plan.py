@@ -120,7 +120,7 @@ def _show_tensors(made: Plan, all_rows: bool) -> None:
 
 
 def _show_amounts(made: Plan) -> None:
-    from jaxmerge.recipes.free_memory import available_memory
+    from jaxmerge.free_memory import available_memory
     from jaxmerge.recipes.output import bytes_text
 
     merged = sum(tensor.action == "merge" for tensor in made.tensors)

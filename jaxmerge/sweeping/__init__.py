@@ -1,6 +1,6 @@
 """Sweeps: every point of a grid of hyperparameters, merged and scored by one compiled program."""
 
-from jaxmerge.recipes.free_memory import available_memory
+from jaxmerge.free_memory import available_memory
 from jaxmerge.sweeping.axis import Axis, parse_axis
 from jaxmerge.sweeping.evaluator import EvaluatorError, import_source, load_evaluator
 from jaxmerge.sweeping.grid import Grid, make_grid

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.free_memory import available_memory
 from jaxmerge.recipes import Plan, PlanError, load_sources
-from jaxmerge.recipes.free_memory import available_memory
 from jaxmerge.recipes.output import bytes_text
 from jaxmerge.sweeping import balance
 from jaxmerge.sweeping.evaluator import Evaluator, EvaluatorError

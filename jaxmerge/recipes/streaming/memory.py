@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxmerge.converters.dtypes import storage_dtype
-from jaxmerge.recipes.free_memory import available_memory, resident_memory
+from jaxmerge.free_memory import available_memory, resident_memory
 from jaxmerge.recipes.output import parse_bytes
 from jaxmerge.recipes.streaming.cuts import cuts_of, longest
 
