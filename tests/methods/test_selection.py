@@ -387,13 +387,17 @@ def in_passes(
     """What is selected from as many rankings of the same values as there are counts, and the number of passes."""
     made = 0
 
-    def passes(look: stream.Look, only: stream.Only | None = None) -> Iterator[Any]:
+    def passes(
+        look: stream.Look, only: stream.Only | None = None, at: stream.At | None = None
+    ) -> Iterator[Any]:
         nonlocal made
         made += only is None
         for name, values in reversed(tensors.items()):
             for start in range(0, values.size, chunk):
                 if only is None or only(name, start):
-                    yield look(name, start, [values[start : start + chunk]] * len(counts))
+                    part = values[start : start + chunk]
+                    part = part if at is None else part[at(name, start, part.size)]
+                    yield look(name, start, [part] * len(counts))
 
     sizes = {name: values.size for name, values in tensors.items()}
     return select_in_passes(passes, counts, sizes), made

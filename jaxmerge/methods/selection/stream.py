@@ -35,6 +35,7 @@ _DEVIATIONS = 5.0
 Ranked = Sequence[np.ndarray]
 Look = Callable[[str, int, Ranked], Any]
 Only = Callable[[str, int], bool]
+At = Callable[[str, int, int], np.ndarray]
 
 
 class Passes(Protocol):
@@ -42,10 +43,13 @@ class Passes(Protocol):
 
     Calls `look` with the name of a tensor, the flat index of the chunk's first value and one float32 array for each
     ranking, perhaps in several threads; yields what it gives, for each tensor in the order of its chunks. Chunks for
-    whose name and index `only` is false may be left out.
+    whose name and index `only` is false may be left out. With `at`, which gets a chunk's name, index and size, `look`
+    gets the values at the places that it gives, alone and flat.
     """
 
-    def __call__(self, look: Look, only: Only | None = None) -> Iterator[Any]: ...
+    def __call__(
+        self, look: Look, only: Only | None = None, at: At | None = None
+    ) -> Iterator[Any]: ...
 
 
 class _Threshold(NamedTuple):
@@ -93,8 +97,11 @@ def select_in_passes(
 
     Example:
         >>> values = {"a": np.array([0.5, 2.0], np.float32), "b": np.array([0.5, 1.0], np.float32)}
-        >>> def passes(look, only=None):
-        ...     return (look(name, 0, [array]) for name, array in values.items())
+        >>> def passes(look, only=None, at=None):
+        ...     return (
+        ...         look(name, 0, [array if at is None else array[at(name, 0, array.size)]])
+        ...         for name, array in values.items()
+        ...     )
         >>> found = select_in_passes(passes, [[3]], {"a": 2, "b": 2})
         >>> [int(found[name][0][0].cut) for name in values]
         [0, -1]
@@ -257,12 +264,15 @@ def _sampled_brackets(
     positions = ((np.arange(number) + jitter) * (total / number)).astype(np.int64)
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
 
-    def pick(name: str, start: int, ranked: Ranked) -> list[np.ndarray]:
+    def at(name: str, start: int, size: int) -> np.ndarray:
         begin = int(starts[name]) + start
-        a, b = np.searchsorted(positions, [begin, begin + ranked[0].size])
-        return [keys_on_host(values.reshape(-1)[positions[a:b] - begin]) for values in ranked]
+        first, last = np.searchsorted(positions, [begin, begin + size])
+        return positions[first:last] - begin
 
-    picked = list(passes(pick))
+    def pick(name: str, start: int, ranked: Ranked) -> list[np.ndarray]:
+        return [keys_on_host(values) for values in ranked]
+
+    picked = list(passes(pick, at=at))
     samples = [np.sort(np.concatenate(parts)) for parts in zip(*picked, strict=True)]
     brackets = {}
     for (i, j), k in wanted.items():

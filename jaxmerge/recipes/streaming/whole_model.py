@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmerge.methods.leaf import Select, Sums
 from jaxmerge.methods.selection import select_in_passes
-from jaxmerge.methods.selection.stream import Look, Only
+from jaxmerge.methods.selection.stream import At, Look, Only
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.streaming.grouping import Group
 from jaxmerge.recipes.streaming.numbers import Numbers, merged_once
@@ -91,11 +91,11 @@ def _selections(
     begin: Callable[[Group], Work],
     total: int,
 ) -> Any:
-    def passes(look: Look, only: Only | None = None) -> Iterator[Any]:
+    def passes(look: Look, only: Only | None = None, at: At | None = None) -> Iterator[Any]:
         def ranked(group: Group) -> Iterator[Any]:
             work = begin(group)
             work.measure(known, before=one)
-            return work.ranked(one, look, only)
+            return work.ranked(one, look, only, at)
 
         return over(tensors, ranked)
 

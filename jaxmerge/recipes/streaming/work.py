@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -24,7 +25,7 @@ from jaxmerge.methods.measuring import (
     statistics_of,
 )
 from jaxmerge.methods.selection import Selection, select_in_passes, select_rows_on_host
-from jaxmerge.methods.selection.stream import Look, Only
+from jaxmerge.methods.selection.stream import At, Look, Only
 from jaxmerge.recipes.inputs import read
 from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.streaming.cuts import Cut
@@ -138,19 +139,33 @@ class Work:
             result = finished(one, self._stacked, self._per_tensor, total, self._values, self.found)
             return jax.tree.map(np.asarray, result)
 
-    def ranked(self, one: Select, look: Look, only: Only | None) -> Iterator[Any]:
+    def ranked(
+        self, one: Select, look: Look, only: Only | None = None, at: At | None = None
+    ) -> Iterator[Any]:
         """Makes a pass over the values that a measure ranks, tensor by tensor: see `selection.stream.Passes`."""
         group = self.group
         name = group.tensors[0].identity
 
         def over(cut: Cut, chunk: Chunk, found: Found) -> list[Any]:
-            ranked = self._ranked(one, chunk, found)
             if not self._stacked:
-                return [look(name, cut.start, ranked)]
-            return [
-                look(tensor.identity, 0, [values[row] for values in ranked])
+                if at is None:
+                    return [look(name, cut.start, self._ranked(one, chunk, found))]
+                places = at(name, cut.start, cut.stop - cut.start)
+                return [look(name, cut.start, self._ranked_at(places, one, chunk, found))]
+            rows = [
+                (row, tensor.identity)
                 for row, tensor in enumerate(group.tensors)
                 if only is None or only(tensor.identity, 0)
+            ]
+            ranked = self._ranked(one, chunk, found)
+            flat = [values.reshape(len(values), -1) for values in ranked]
+            return [
+                look(
+                    name,
+                    0,
+                    [v[row] if at is None else v[row][at(name, 0, v[row].size)] for v in flat],
+                )
+                for row, name in rows
             ]
 
         cuts = group.cuts
@@ -195,8 +210,8 @@ class Work:
         if len(group.cuts) > 1 or not whole:
             name = group.tensors[0].identity
 
-            def passes(look: Look, only: Only | None = None) -> Iterator[Any]:
-                return self.ranked(one, look, only)
+            def passes(look: Look, only: Only | None = None, at: At | None = None) -> Iterator[Any]:
+                return self.ranked(one, look, only, at)
 
             return select_in_passes(passes, counts, {name: group.size})[name]
         (ranked,) = self._over(
@@ -216,6 +231,19 @@ class Work:
     def _ranked(self, one: Select, chunk: Chunk, found: Found) -> list[np.ndarray]:
         values = ranked_values(one, self._stacked, chunk, found_by(one, found))
         return [np.asarray(array) for array in values]
+
+    def _ranked_at(
+        self, places: np.ndarray, one: Select, chunk: Chunk, found: Found
+    ) -> list[np.ndarray]:
+        """The ranked values at some places of a chunk, computed from these alone where elements stand by themselves."""
+        if self.group.leaf.cuts != "elements":
+            return [values.reshape(-1)[places] for values in self._ranked(one, chunk, found)]
+        # Few lengths, so that few programs are compiled.
+        length = 1 << max(0, places.size - 1).bit_length()
+        padded = np.resize(places, length) if places.size else np.zeros(length, np.int64)
+        some = jax.tree.map(lambda x: x.reshape(-1)[padded], (chunk.models, chunk.base))
+        picked = dataclasses.replace(chunk, models=some[0], base=some[1])
+        return [values[: places.size] for values in self._ranked(one, picked, found)]
 
     def _selections(self, known: Mapping[str, Any]) -> list[tuple[Selection, ...]]:
         """The selections of the whole model that concern this group."""
