@@ -236,7 +236,8 @@ class Work:
         self, places: np.ndarray, one: Select, chunk: Chunk, found: Found
     ) -> list[np.ndarray]:
         """The ranked values at some places of a chunk, computed from these alone where elements stand by themselves."""
-        if self.group.leaf.cuts != "elements":
+        leaf = self.group.leaf
+        if leaf.cuts != "elements" or any(isinstance(other, Local) for other in leaf.measures):
             return [values.reshape(-1)[places] for values in self._ranked(one, chunk, found)]
         # Few lengths, so that few programs are compiled.
         length = 1 << max(0, places.size - 1).bit_length()
