@@ -149,10 +149,14 @@ class _Planner:
         references = [model.reference for part in resolved.parts for model in part.sources]
         self.adapted = AdaptedModels(sources, [resolved.donor, *references])
         self.rows = EmbeddingRows(resolved, sources)
-        self._indices: dict[int, int] = {}
+        # The tensors' own recipes: that of each block, and last that of the rest.
+        self._recipes = (*(block.resolved for block in resolved.blocks), resolved)
+        self._indices: dict[tuple[int, int], int] = {}
         self._numbers: dict[Hashable, tuple[Hyperparameters, list[tuple[str, int | None]]]] = {}
-        self._filters = [part.parameters.filters for part in resolved.parts]
-        self._idle = dict.fromkeys(text for part in self._filters for text in part)
+        self._filters = [[part.parameters.filters for part in one.parts] for one in self._recipes]
+        self._idle = dict.fromkeys(text for one in self._filters for part in one for text in part)
+        self._idle_blocks = set(range(len(resolved.blocks)))
+        self._names: list[str] = []
         self._others: dict[str, list[str]] = {}
         self._wrong: dict[str, list[str]] = {}
         self._unset: dict[tuple[str, str | None], list[str]] = {}
@@ -160,11 +164,12 @@ class _Planner:
     def plan(self) -> None:
         matcher = Matcher(self.resolved, self.sources)
         found = matcher.match()
+        self._names = [matched.name for matched in found]
         self.notes += matcher.notes
         self.problems += matcher.problems
         self._check_sources()
         # A merge that all tensors share comes first.
-        self._merge_index(self.resolved.method, self.resolved.options)
+        self._merge_index(len(self.resolved.blocks), self.resolved.method, self.resolved.options)
         depth = depths(matched.name for matched in found)
         for matched in found:
             self._add(matched, depth[matched.name])
@@ -245,7 +250,10 @@ class _Planner:
         present = [one for one in given if one is not None]
         if part is None:
             return self._alone(present[0])
-        method, options = self.resolved.merge_for(part, matched.name, matched.at)
+        assert matched.part is not None
+        own = self._recipe_of(matched.name)
+        part = self._recipes[own].parts[matched.part]
+        method, options = self._recipes[own].merge_for(part, matched.name, matched.at)
         has_base = part.base is not None
         base = given[0] if has_base and method.base != "unused" else None
         places = [i for i in range(len(part.models)) if given[i + has_base] is not None]
@@ -261,28 +269,40 @@ class _Planner:
             )
             return None
         names = [matched.names[i + has_base] for i in places]
-        numbers = self._hyperparameters(method, part, matched, names, places)
+        numbers = self._hyperparameters(own, method, part, matched, names, places)
         if numbers is None:
             return None
         models = tuple(one for one in given[has_base:] if one is not None)
-        return self._merge_index(method, options), models, base, numbers
+        return self._merge_index(own, method, options), models, base, numbers
+
+    def _recipe_of(self, name: str) -> int:
+        """Which of the recipes is a tensor's."""
+        for i, block in enumerate(self.resolved.blocks):
+            if block.holds(name):
+                self._idle_blocks.discard(i)
+                return i
+        return len(self.resolved.blocks)
 
     def _alone(
         self, one: PlannedInput
     ) -> tuple[int, tuple[PlannedInput, ...], PlannedInput | None, Hyperparameters]:
         """What one source alone has is taken as it is."""
         method = methods.get("passthrough")()
-        index = self._merge_index(method, methods.options(methods.get("passthrough")))
+        rest = len(self.resolved.blocks)
+        index = self._merge_index(rest, method, methods.options(methods.get("passthrough")))
         return index, (one,), None, {name: s.default for name, s in method.hyperparams.items()}
 
-    def _merge_index(self, method: MergeMethod, options: Mapping[str, Any]) -> int:
-        if id(method) not in self._indices:
-            self._indices[id(method)] = len(self.merges)
+    def _merge_index(self, own: int, method: MergeMethod, options: Mapping[str, Any]) -> int:
+        """A merge of each recipe for itself: what is measured over a whole model is measured over a block."""
+        key = (own, id(method))
+        if key not in self._indices:
+            self._indices[key] = len(self.merges)
             self.merges.append(PlannedMerge(method, options))
-        return self._indices[id(method)]
+        return self._indices[key]
 
     def _hyperparameters(
         self,
+        own: int,
         method: MergeMethod,
         part: Part,
         matched: Matched,
@@ -291,13 +311,13 @@ class _Planner:
     ) -> Hyperparameters | None:
         """The numbers of one tensor; tensors that nothing tells apart share them."""
         assert matched.part is not None
-        filters = self._filters[matched.part]
+        filters = self._filters[own][matched.part]
         told = tuple(text in name for name in (matched.name, *names) for text in filters)
         for text in filters:
             if text in self._idle and any(text in name for name in (matched.name, *names)):
                 del self._idle[text]
         at = matched.at if part.parameters.varies else 0.0
-        key = (id(method), matched.part, at, told, tuple(places))
+        key = (own, id(method), matched.part, at, told, tuple(places))
         if key not in self._numbers:
             self._numbers[key] = hyperparameters(
                 method, part.parameters, matched.name, names, chosen=places, at=at
@@ -388,6 +408,13 @@ class _Planner:
                 + (f", nor {len(unset) - 1} more" if len(unset) > 1 else "")
             )
             self.problems.append(place(recipe.filename, recipe.line("parameters"), text))
+        for i in sorted(self._idle_blocks):
+            text = (
+                f"block {i + 1}: no tensor that is merged is left for "
+                f"{', '.join(map(repr, self.resolved.blocks[i].patterns[:_LISTED]))}"
+                f"{nearest(self.resolved.blocks[i].patterns[0], self._names)}"
+            )
+            self.problems.append(place(recipe.filename, recipe.line("blocks", i), text))
         for pair, texts in self._others.items():
             owner, lead = pair.split("\0")
             self.notes.append(

@@ -21,6 +21,7 @@ from jaxmerge.recipes.parameters import Level, Parameters, Path, hyperparameters
 from jaxmerge.recipes.reference import ModelReference
 from jaxmerge.recipes.schema import OutputSlice, Recipe, SliceSource, Source
 from jaxmerge.recipes.settings import Choice, Setting, numbers, plain_setting
+from jaxmerge.tree import matches
 
 _SHARED = "is shared by all models: give it under the top-level `parameters`"
 
@@ -68,6 +69,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ResolvedBlock:
+    """Tensors with a method of their own.
+
+    Attributes:
+        patterns: of their names in the output.
+        resolved: the recipe as if it were theirs alone, with the same parts.
+    """
+
+    patterns: tuple[str, ...]
+    resolved: Resolved
+
+    def holds(self, tensor: str) -> bool:
+        """Whether one of the patterns matches a name."""
+        return any(matches(tensor, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
 class Resolved:
     """A recipe whose every name is looked up.
 
@@ -84,6 +102,7 @@ class Resolved:
             `out_dtype` is set; None to keep each tensor's own.
         out_dtype: the dtype of the output.
         notes: remarks for the user.
+        blocks: tensors that are merged otherwise, the first match first.
     """
 
     recipe: Recipe
@@ -94,6 +113,7 @@ class Resolved:
     dtype: str | None
     out_dtype: str | None
     notes: tuple[str, ...]
+    blocks: tuple[ResolvedBlock, ...] = ()
     _switched: Mapping[tuple[bool, ...], tuple[MergeMethod, Mapping[str, Any]]] = field(
         default_factory=dict, repr=False
     )
@@ -113,7 +133,7 @@ class Resolved:
         """Whether whole models are merged, and every tensor with the same numbers."""
         (first, *others) = self.parts
         whole = not others and first.slice is None and first.module is None
-        return whole and not first.parameters.varies
+        return whole and not first.parameters.varies and not self.blocks
 
     @property
     def donor(self) -> ModelReference:
@@ -157,6 +177,11 @@ class Resolved:
         if not self.uniform:
             del decided["hyperparameters"]
             decided["parts"] = [_plain_part(part) for part in self.parts]
+        if self.blocks:
+            decided["blocks"] = [
+                {"tensors": list(block.patterns), **block.resolved.to_dict()}
+                for block in self.blocks
+            ]
         return decided
 
 
@@ -215,10 +240,16 @@ def _plain_level(level: Level) -> dict[str, Any]:
 
 
 class _Resolver:
-    """Collects problems and notes while a recipe is looked up."""
+    """Collects problems and notes while a recipe is looked up.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Args:
+        recipe: the recipe.
+        at: where its method, parameters and options stand, which for a block is not at the top.
+    """
+
+    def __init__(self, recipe: Recipe, at: Path = ()) -> None:
         self.recipe = recipe
+        self.at = at
         self.strict = recipe.dialect == "jaxmerge"
         self.peer = MERGEKIT.get(recipe.merge_method) if not self.strict else None
         self.problems: list[Problem] = []
@@ -248,6 +279,8 @@ class _Resolver:
                 f"{recipe.dtype} first",
                 "dtype",
             )
+        blocks = tuple(self._blocks())
+        self._raise()
         first = parts[0].parameters
         switched = (first.value_for(name, discrete=True) for name in switches_of(recipe))
         method, options = structures[tuple(value == 1.0 for value in switched)]
@@ -264,8 +297,30 @@ class _Resolver:
             dtype=recipe.dtype,
             out_dtype=recipe.out_dtype,
             notes=tuple(dict.fromkeys(self.notes)),
+            blocks=blocks,
             _switched=structures,
         )
+
+    def _blocks(self) -> Iterator[ResolvedBlock]:
+        """Resolves each block as a recipe with the same models; what is set for these alone is not the block's."""
+        bare = tuple(Source(model=one.model) for one in self.recipe.models)
+        for i, block in enumerate(self.recipe.blocks):
+            update = {
+                "merge_method": block.merge_method,
+                "parameters": block.parameters,
+                "options": block.options,
+                "models": bare,
+                "blocks": (),
+            }
+            recipe = self.recipe.model_copy(update=update)
+            recipe._notes = ()
+            try:
+                resolved = _Resolver(recipe, ("blocks", i)).resolve()
+            except RecipeError as error:
+                self.problems += [p for p in error.problems if p not in self.problems]
+                continue
+            self.notes += resolved.notes
+            yield ResolvedBlock(block.tensors, resolved)
 
     # The method
 
@@ -610,13 +665,17 @@ class _Resolver:
 
     # Problems and notes
 
+    def _line(self, path: Path) -> int | None:
+        own = path[:1] in (("merge_method",), ("parameters",), ("options",))
+        return self.recipe.line(*(self.at if own else ()), *path)
+
     def _problem(self, message: str, *path: Any) -> None:
-        problem = Problem(self.recipe.line(*path), message)
+        problem = Problem(self._line(path), message)
         if problem not in self.problems:
             self.problems.append(problem)
 
     def _note(self, message: str, *path: Any) -> None:
-        self.notes.append(place(self.recipe.filename, self.recipe.line(*path), message))
+        self.notes.append(place(self.recipe.filename, self._line(path), message))
 
     def _raise(self) -> None:
         if self.problems:

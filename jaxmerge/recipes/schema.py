@@ -47,6 +47,16 @@ def _some(value: object) -> object:
     return value
 
 
+def _patterns(value: object) -> object:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not patterns:
+        raise ValueError(f"expected a pattern of names, or several; found {_kind(value)}")
+    for one in patterns:
+        if not isinstance(one, str) or not one:
+            raise ValueError(f"a pattern is text; found {one!r}")
+    return tuple(patterns)
+
+
 def _name(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or set(value) & set("/\\") or value == "..":
         raise ValueError(f"a merge's name is that of a folder, without slashes; found {value!r}")
@@ -152,10 +162,23 @@ class Tokenizer(_Part):
     pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
 
 
+class Block(_Part):
+    """Tensors of the output that are merged by a method of their own.
+
+    Patterns match whole names, as in `jaxmerge.tree.matches`; a tensor belongs to the first block that matches it.
+    """
+
+    tensors: Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+    merge_method: str
+    parameters: _Parameters = Field(default_factory=dict)
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
 class Recipe(_Part):
     """A merge as written, before names are looked up.
 
-    Exactly one of `models`, `slices` and `modules` is not empty. Numbers are finite floats (a flag
+    Exactly one of `models`, `slices` and `modules` is not empty. Where there are `blocks`, the method, parameters and
+    options beside them are those of the tensors that no block names. Numbers are finite floats (a flag
     is 0.0 or 1.0); lists are tuples. `tokenizer_source: X` is read as `tokenizer: {source: X}`.
     `jaxmerge.recipes.resolve` says what they mean.
     """
@@ -169,6 +192,7 @@ class Recipe(_Part):
     modules: Annotated[dict[str, Module], BeforeValidator(_some)] = Field(default_factory=dict)
     parameters: _Parameters = Field(default_factory=dict)
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
     tensors: Literal["same", "union", "intersection"] = "same"
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
@@ -399,6 +423,14 @@ def _structure_problems(kept: dict[str, Any], source: SourceMap) -> Iterator[Pro
             f"exactly one of {', '.join(f'`{body}`' for body in _BODIES)} is given; "
             f"found `{given[0]}` and `{key}`",
         )
+    if kept.get("blocks"):
+        if kept.get("dialect") != "jaxmerge":
+            yield Problem(source.line(("blocks",)), "`blocks` needs `dialect: jaxmerge`")
+        for body in ("slices", "modules"):
+            if body in kept:
+                yield Problem(
+                    source.line(("blocks",)), f"`blocks` goes with `models`, not with `{body}`"
+                )
     modules = kept.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else ():
         if isinstance(module, dict) and ("models" in module) == ("slices" in module):
@@ -466,7 +498,7 @@ def _message(loc: source_map.Path, item: Mapping[str, Any]) -> str:
     where = _dotted(loc)
     if kind == "missing":
         return f"{where} is missing"
-    if loc[0] == "options":
+    if "options" in loc[:-1]:
         return f"{where}: expected a number, a flag or text, found {_kind(item['input'])}"
     if kind == "value_error":
         return f"{where}: {item['ctx']['error']}"
@@ -505,6 +537,7 @@ def _part_at(loc: source_map.Path) -> type[BaseModel]:
     parts: Mapping[str, type[BaseModel]] = {
         "models": Source,
         "slices": OutputSlice,
+        "blocks": Block,
         "sources": SliceSource,
         "modules": Module,
         "tokens": Token,
