@@ -1,17 +1,24 @@
 """Search: what may vary, and who looks for the best of it, in one compiled program."""
 
+from jaxmerge.search.evolve import Result, evolve
 from jaxmerge.search.space import Column, Space, space
 from jaxmerge.search.spaces_of import space_of
+from jaxmerge.search.strategies import Strategy, strategy, strategy_names
 from jaxmerge.search.variables import binary, categorical, continuous, integer, when
 
 __all__ = [
     "Column",
+    "Result",
     "Space",
+    "Strategy",
     "binary",
     "categorical",
     "continuous",
+    "evolve",
     "integer",
     "space",
     "space_of",
+    "strategy",
+    "strategy_names",
     "when",
 ]

@@ -265,7 +265,7 @@ class Binary(_Variable):
 
     def level_of(self, choice: Any) -> int | None:
         """The level of a value; None where there is none."""
-        return int(choice) if isinstance(choice, numbers.Real) and choice in (0, 1) else None
+        return int(bool(choice)) if isinstance(choice, numbers.Real) and choice in (0, 1) else None
 
     @property
     def values(self) -> np.ndarray:
@@ -320,9 +320,10 @@ def continuous(
         )
     if scale == "log" and low <= 0:
         raise ValueError(f"{call}: a log scale needs a lower bound above 0")
-    if not np.float32(low) < np.float32(high) or not np.isfinite(np.float32([low, high])).all():
+    bounds = np.array([low, high]).astype(np.float32)
+    if not bounds[0] < bounds[1] or not np.isfinite(bounds).all():
         raise ValueError(f"{call}: float32 cannot tell the bounds apart, or hold them")
-    if scale == "log" and np.float32(low) == 0:
+    if scale == "log" and bounds[0] == 0:
         raise ValueError(f"{call}: float32 cannot hold the lower bound")
     size = _shape(shape, call)
     if initial is None:
