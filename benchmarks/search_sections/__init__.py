@@ -1,0 +1,36 @@
+"""The sections of search.py: each takes `Options` and gives its tables one by one."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all sections are told.
+
+    Attributes:
+      dimensions: how many scalar variables the functions have, in the section on strategies.
+      seeds: how many runs of each.
+      evaluations: how many a run may take.
+      seed: the first seed.
+    """
+
+    dimensions: tuple[int, ...]
+    seeds: int
+    evaluations: int
+    seed: int
+
+
+def peer(name: str) -> Any:
+    """A package that only benchmarks need."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise SystemExit(f"this section runs beside {package}: pip install {package}") from error
+
+
+def verdict(holds: bool, otherwise: str = "") -> str:
+    """The cell of the column `report.VERDICT`."""
+    return "yes" if holds else f"no: {otherwise}"
