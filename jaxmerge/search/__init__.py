@@ -1,5 +1,6 @@
 """Search: what may vary, and who looks for the best of it, in one compiled program."""
 
+from jaxmerge.search.blockwise import AutoMerge, automerge, segment
 from jaxmerge.search.evolve import Result, evolve
 from jaxmerge.search.space import Column, Space, space
 from jaxmerge.search.spaces_of import space_of
@@ -7,15 +8,18 @@ from jaxmerge.search.strategies import Strategy, strategy, strategy_names
 from jaxmerge.search.variables import binary, categorical, continuous, integer, when
 
 __all__ = [
+    "AutoMerge",
     "Column",
     "Result",
     "Space",
     "Strategy",
+    "automerge",
     "binary",
     "categorical",
     "continuous",
     "evolve",
     "integer",
+    "segment",
     "space",
     "space_of",
     "strategy",
