@@ -1,10 +1,10 @@
-"""The best candidates so far: the single best, or of noisy objectives the best on average."""
-
-from typing import Any
+"""The best candidates so far: the single best, of noisy objectives the best on average, of several ones the front."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxmerge.search.pareto import crowding_distance, nondominated_ranks
 from jaxmerge.search.searching import Search
 
 Best = dict[str, jax.Array]
@@ -20,7 +20,15 @@ def start(search: Search) -> Best:
       "genome" float32 [restarts, size] and "fitness" float32 [restarts], infinite so far. Where elites are evaluated
       again, also "elites" [restarts, reevaluate, size], the tried first and the newcomers last, and of their
       evaluations as elites "count" (-1 for an empty slot), "mean" and "squares" (of what differs from the mean).
+      Of several objectives "genome" is [population, size] and "fitness" [population, objectives], of all restarts
+      together; an empty row is infinite.
     """
+    if search.objectives > 1:
+        rows = search.strategy.population_size
+        return {
+            "genome": jnp.zeros((rows, search.space.size)),
+            "fitness": jnp.full((rows, search.objectives), jnp.inf),
+        }
     restarts, size, elites = search.restarts, search.space.size, search.reevaluate
     best = {"genome": jnp.zeros((restarts, size)), "fitness": jnp.full((restarts,), jnp.inf)}
     if not elites:
@@ -40,8 +48,11 @@ def update(search: Search, best: Best, population: jax.Array, fitness: jax.Array
       search: of which.
       best: so far.
       population: float32 [restarts, population, size].
-      fitness: float32 [restarts, population + reevaluate], those of the elites last; infinite where it is not finite.
+      fitness: float32 [restarts, population + reevaluate], those of the elites last, or [restarts, population,
+        objectives]; infinite where it is not finite.
     """
+    if search.objectives > 1:
+        return _front(best, *(x.reshape(-1, x.shape[-1]) for x in (population, fitness)))
     size = search.strategy.population_size
     if search.reevaluate:
         return jax.vmap(_average)(best, population, fitness[:, :size], fitness[:, size:])
@@ -92,7 +103,32 @@ def _average(best: Best, population: jax.Array, fitness: jax.Array, again: jax.A
     }
 
 
-def finest(search: Search, best: Best) -> tuple[Any, Any]:
-    """The genome [size] and the fitness of the best of all restarts."""
-    i = jnp.argmin(best["fitness"])
-    return best["genome"][i], best["fitness"][i]
+def _front(best: Best, population: jax.Array, fitness: jax.Array) -> Best:
+    """What none betters; where that is too much, what lies least crowded."""
+    size = best["fitness"].shape[0]
+    genomes = jnp.concatenate([best["genome"], population])
+    points = jnp.concatenate([best["fitness"], fitness])
+    whole = jnp.all(jnp.isfinite(points), axis=1)
+    points = jnp.where(whole[:, None], points, jnp.inf)
+    ranks = nondominated_ranks(points, enough=size)
+    crowding = crowding_distance(jnp.where(whole[:, None], points, 0.0), ranks)
+    kept = jnp.lexsort((-crowding, ranks))[:size]
+    first = (ranks[kept] == 0) & whole[kept]
+    return {
+        "genome": genomes[kept],
+        "fitness": jnp.where(first[:, None], points[kept], jnp.inf),
+    }
+
+
+def finest(search: Search, best: Best) -> tuple[np.ndarray, np.ndarray]:
+    """The genome [size] and the fitness [] of the best of all restarts.
+
+    Of several objectives the front: [points, size] and [points, objectives], by the first objective.
+    """
+    genome, fitness = np.asarray(best["genome"]), np.asarray(best["fitness"])
+    if search.objectives > 1:
+        order = np.lexsort(fitness.T[::-1])
+        order = order[np.isfinite(fitness[order]).all(axis=1)]
+        return genome[order], fitness[order]
+    i = int(np.argmin(fitness))
+    return genome[i], fitness[i]

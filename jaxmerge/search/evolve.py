@@ -37,7 +37,7 @@ class Result:
       genome: its genome, float32 [size], or [points, size]. `best` is then a tree of arrays [points, ...].
       history: float32 [generations] by name: "best" so far, "generation_best", "mean" (of what is finite), "spread"
         (the mean standard deviation of a coordinate), "nonfinite" and "evaluations" (so far), and what the strategy
-        adds. Of several restarts the best, the mean or the sum.
+        adds. Of several restarts the best, the mean or the sum. Of several objectives "best_0", "best_1" and so on.
       generations: how many ran.
       evaluations: how many candidates were evaluated.
       stopped: whether it ended early, for want of progress.
@@ -138,7 +138,7 @@ def evolve(
     _check_numbers(generations, chunk, restarts, every, workers, reevaluate, patience, tolerance)
     if not isinstance(space, Space):
         raise TypeError(f"expected a space made by jaxmerge.search.space, found {space!r}")
-    who = strategy_named(strategy, population, space) if isinstance(strategy, str) else strategy
+    who = strategy_named(strategy, population, space, objectives) if isinstance(strategy, str) else strategy
     _check_strategy(who, space, objectives, reevaluate, patience)
     _check_mesh(mesh, host)
     key = _typed(key)
@@ -174,8 +174,8 @@ def evolve(
                 search, objective, length, carry, first, total, key, args
             )
         history = _appended(history, record)
-        done = len(history["best"])
-        _check_finite(carry, history)
+        done = len(history["evaluations"])
+        _check_finite(carry)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.save(folder, done, carry, history, identity)
@@ -216,12 +216,13 @@ def _appended(history: History, record: dict[str, Any]) -> History:
 
 def _result(search: Search, carry: Carry, history: History) -> Result:
     genome, fitness = best.finest(search, carry.best)
+    decode = search.space.decode if search.objectives == 1 else jax.vmap(search.space.decode)
     return Result(
-        best=jax.device_get(search.space.decode(genome)),
-        fitness=float(fitness),
-        genome=np.asarray(genome),
+        best=jax.device_get(decode(jnp.asarray(genome))),
+        fitness=fitness if fitness.ndim else float(fitness),
+        genome=genome,
         history=history,
-        generations=len(history["best"]),
+        generations=len(history["evaluations"]),
         evaluations=int(carry.evaluations),
         stopped=bool(carry.stopped),
         chunk=search.chunk,
@@ -281,15 +282,9 @@ def _check_strategy(
         raise ValueError("the strategy was made for another space")
     if objectives < 1:
         raise ValueError(f"objectives must be at least 1, found {objectives}")
-    if who.multiobjective and objectives == 1:
-        raise ValueError(
-            f"{type(who).__name__} needs several objectives; say how many by objectives="
-        )
-    if objectives > 1 and not who.multiobjective:
-        raise ValueError(
-            f"{type(who).__name__} takes one objective, not {objectives}; strategy='nsga2' takes "
-            "several"
-        )
+    if who.multiobjective != (objectives > 1):
+        wanted = "several objectives" if who.multiobjective else "one objective"
+        raise ValueError(f"{type(who).__name__} takes {wanted}, found objectives={objectives}")
     if objectives > 1 and (reevaluate or patience is not None):
         raise ValueError("reevaluate and patience are for one objective")
     if reevaluate > who.population_size:
@@ -321,8 +316,8 @@ def _typed(key: Any) -> jax.Array:
     raise TypeError(f"key must be one key of jax.random.key, found {key!r}")
 
 
-def _check_finite(carry: Carry, history: History) -> None:
-    if np.isinf(history["best"][-1]):
+def _check_finite(carry: Carry) -> None:
+    if np.isinf(np.asarray(carry.best["fitness"])).all():
         raise ValueError(
             f"the objective was not finite for any of {int(carry.evaluations)} candidates"
         )

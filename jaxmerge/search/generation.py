@@ -121,26 +121,35 @@ def tell(
         keys, population, guard(fitness)[:, :size], state, search.strategy.default_params
     )
     found = best.update(search, carry.best, population, jnp.where(finite, fitness, jnp.inf))
-    improved = found["fitness"] < carry.record - search.tolerance
-    stale = jnp.where(improved, 0, carry.stale + 1)
+    stale, progressed = carry.stale, carry.record
+    if search.objectives == 1:
+        improved = found["fitness"] < carry.record - search.tolerance
+        stale = jnp.where(improved, 0, stale + 1)
+        progressed = jnp.where(improved, found["fitness"], carry.record)
     carry = Carry(
         state,
         found,
         stale,
-        jnp.where(improved, found["fitness"], carry.record),
+        progressed,
         carry.stopped if search.patience is None else jnp.all(stale >= search.patience),
         carry.evaluations + search.candidates,
     )
-    lost = jnp.sum(~finite)
-    mean = jnp.sum(jnp.where(finite, fitness, 0.0)) / (fitness.size - lost)
+    lost = jnp.sum(~jnp.all(finite.reshape(*finite.shape[:2], -1), axis=2))
     record = {
-        "best": jnp.min(found["fitness"]),
-        "generation_best": jnp.min(jnp.where(finite, fitness, jnp.inf)),
-        "mean": mean,
         "spread": jnp.mean(jnp.std(jnp.clip(population, 0.0, 1.0), axis=1)),
         "nonfinite": lost,
         "evaluations": carry.evaluations,
     }
+    for i in range(search.objectives):
+        one, known, top = (
+            (x[..., i] if search.objectives > 1 else x) for x in (fitness, finite, found["fitness"])
+        )
+        suffix = f"_{i}" if search.objectives > 1 else ""
+        record |= {
+            f"best{suffix}": jnp.min(top),
+            f"generation_best{suffix}": jnp.min(jnp.where(known, one, jnp.inf)),
+            f"mean{suffix}": jnp.sum(jnp.where(known, one, 0.0)) / jnp.sum(known),
+        }
     record |= {name: jnp.mean(value) for name, value in metrics.items()}
     return carry, {name: value.astype(jnp.float32) for name, value in record.items()}
 

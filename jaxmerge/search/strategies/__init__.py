@@ -9,26 +9,27 @@ from jaxmerge.tree import nearest
 
 __all__ = ["Strategy", "strategy", "strategy_names"]
 
-# name: module and class, in this package.
+# name: module and class, below jaxmerge.search.
 _OWN = {
-    "random": ("random_search", "RandomSearch"),
-    "sobol": ("sobol", "Sobol"),
+    "random": ("strategies.random_search", "RandomSearch"),
+    "sobol": ("strategies.sobol", "Sobol"),
 }
 
 
-def strategy(name: str, population: int, space: Space) -> Strategy:
+def strategy(name: str, population: int, space: Space, objectives: int = 1) -> Strategy:
     """Gives a strategy by name.
 
     Args:
       name: one of `strategy_names`; case, underscores and hyphens do not count.
       population: how many candidates a generation has.
       space: what is searched.
+      objectives: how many numbers fitness has.
 
     Returns:
       The strategy; equal arguments give the same object.
 
     Raises:
-      ValueError: no such strategy, or a population that it cannot take.
+      ValueError: no such strategy, a population that it cannot take, or a number of objectives.
 
     Example:
       >>> import jaxmerge as jm
@@ -45,7 +46,7 @@ def strategy(name: str, population: int, space: Space) -> Strategy:
         raise ValueError(f"there is no strategy {name!r}{hint}")
     if population < 1:
         raise ValueError(f"a population needs at least 1 candidate, found {population}")
-    return _made(found, population, space)
+    return _made(found, population, space, objectives)
 
 
 def strategy_names() -> list[str]:
@@ -57,14 +58,21 @@ def strategy_names() -> list[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _made(name: str, population: int, space: Space) -> Strategy:
-    if name in _OWN:
-        module, kind = _OWN[name]
-        found = importlib.import_module(f"jaxmerge.search.strategies.{module}")
-        return getattr(found, kind)(population, space)
-    from jaxmerge.search.strategies.from_evosax import FromEvosax
+def _made(name: str, population: int, space: Space, objectives: int) -> Strategy:
+    if name not in _OWN:
+        from jaxmerge.search.strategies.from_evosax import FromEvosax
 
-    return FromEvosax(population, space, name)
+        kind = functools.partial(FromEvosax, algorithm=name)
+        several = FromEvosax.multiobjective
+    else:
+        module, attribute = _OWN[name]
+        kind = getattr(importlib.import_module(f"jaxmerge.search.{module}"), attribute)
+        several = kind.multiobjective
+    if several and objectives < 2:
+        raise ValueError(f"{name} needs several objectives; say how many by objectives=")
+    if objectives > 1 and not several:
+        raise ValueError(f"{name} takes one objective, not {objectives}; 'nsga2' takes several")
+    return kind(population, space, objectives) if several else kind(population, space)
 
 
 def _bare(name: str) -> str:
