@@ -138,7 +138,11 @@ def evolve(
     _check_numbers(generations, chunk, restarts, every, workers, reevaluate, patience, tolerance)
     if not isinstance(space, Space):
         raise TypeError(f"expected a space made by jaxmerge.search.space, found {space!r}")
-    who = strategy_named(strategy, population, space, objectives) if isinstance(strategy, str) else strategy
+    who = (
+        strategy_named(strategy, population, space, objectives)
+        if isinstance(strategy, str)
+        else strategy
+    )
     _check_strategy(who, space, objectives, reevaluate, patience)
     _check_mesh(mesh, host)
     key = _typed(key)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxmerge.search.space import Space
@@ -76,7 +78,13 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
     def placed(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere.device_set:
             return leaf
-        return jax.device_put(leaf, everywhere)
+        if everywhere.is_fully_addressable:
+            return jax.device_put(leaf, everywhere)
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            bits = placed(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, everywhere, lambda index: array[index])
 
     return jax.tree.map(placed, tree)
 

@@ -93,31 +93,28 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         run(tmp_path)
 
 
-SCRIPT = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jaxmerge.search import continuous, evolve, space
-
-made = space({"x": continuous(-1.0, 3.0, shape=(3,))})
-def sphere(point, key):
-    return jnp.sum((point["x"] - 1.5) ** 2) + 0.1 * jax.random.normal(key)
-result = evolve(sphere, made, strategy="random", population=4, generations=40, every=2, key=jax.random.key(0),
-                checkpoint=sys.argv[1], progress=lambda done, *_: print(done, flush=True))
-print("end", result.genome.tobytes().hex(), result.history["mean"].tobytes().hex())
-"""
+def long_search(folder: str, progress: Any = None) -> str:
+    result = evolve(
+        sphere,
+        SPACE,
+        strategy="random",
+        population=4,
+        generations=40,
+        every=2,
+        key=jax.random.key(0),
+        checkpoint=folder,
+        progress=progress,
+    )
+    return f"end {result.genome.tobytes().hex()} {result.history['mean'].tobytes().hex()}"
 
 
 def test_a_search_killed_twice_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
-    def started(folder: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def started() -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, str(tmp_path / "killed")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    expected = started("whole").communicate()[0].splitlines()[-1]
     for kill_at in (6, 22):
-        process = started("killed")
+        process = started()
         assert process.stdout is not None
         for line in process.stdout:
             if int(line) >= kill_at:
@@ -127,7 +124,15 @@ def test_a_search_killed_twice_ends_as_the_undisturbed_one(tmp_path: Path) -> No
                 break
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    found = started("killed").communicate()[0].splitlines()
+    found = started().communicate()[0].splitlines()
     assert int(found[0]) > 22
-    assert found[-1] == expected
-    assert expected.startswith("end ")
+    assert found[-1] == long_search(str(tmp_path / "whole"))
+
+
+if __name__ == "__main__":
+
+    def say(line: Any, *_: Any) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    say(long_search(sys.argv[1], say))

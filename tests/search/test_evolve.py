@@ -298,6 +298,40 @@ def test_merges_are_searched_as_they_are_merged() -> None:
     np.testing.assert_allclose(np.mean((again["w"] - target["w"]) ** 2), result.fitness, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["margin", "catcma", "umda"])
+def test_mixed_strategies_are_found_by_name(name: str) -> None:
+    def mixed(point: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        return jnp.sum((point["scale"] * point["on"] - 0.5) ** 2) + (point["kind"] == 0)
+
+    made = strategy(name, 12, MIXED)
+    result = evolve(mixed, MIXED, strategy=made, generations=40, key=KEY)
+    assert result.fitness < 0.2
+    assert result.best["on"].all()
+    assert result.best["kind"] == 1
+
+
+def test_several_objectives_give_a_front() -> None:
+    def both(point: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        x = point["x"]
+        losses = jnp.stack([jnp.sum(x**2), jnp.sum((x - 1.0) ** 2)])
+        return jnp.where(x[0] > 2.5, jnp.nan, losses)
+
+    options: dict[str, Any] = {"objectives": 2, "population": 16, "generations": 25, "key": KEY}
+    result = evolve(both, SPHERE, strategy="nsga2", restarts=2, **options)
+    points = result.fitness
+    assert points.shape == (len(result.genome), 2)
+    assert 8 <= len(points) <= 16
+    assert result.best["x"].shape == (len(points), 3)
+    worse = (points[:, None] >= points[None]).all(2) & (points[:, None] > points[None]).any(2)
+    assert not worse.any()
+    assert (np.diff(points[:, 0]) >= 0).all()
+    # On the front sqrt(f) + sqrt(g) is the distance between the two ideals.
+    assert np.median(np.sqrt(points).sum(1)) < 1.15 * np.sqrt(3)
+    np.testing.assert_allclose(points[:, 0], np.sum(result.best["x"] ** 2, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(result.history["best_1"][-1], points[:, 1].min())
+    assert result.history["nonfinite"].sum() > 0
+
+
 def ticking() -> Any:
     count = itertools.count()
     return lambda point, key: jnp.sum(point["x"]) * next(count)
@@ -323,6 +357,12 @@ GOOD: dict[str, Any] = {"strategy": "random", "population": 8, "generations": 2,
         (sphere, {"tolerance": math.nan}, "tolerance"),
         (sphere, {"reevaluate": 9}, "more than the population"),
         (sphere, {"strategy": "cma"}, "no strategy 'cma'"),
+        (
+            lambda p, k: p["x"],
+            {"objectives": 2, "strategy": "nsga2"},
+            r"array \[2\], found float32",
+        ),
+        (sphere, {"strategy": "nsga2"}, "nsga2 needs several objectives"),
         (sphere, {"objectives": 2}, "random takes one objective, not 2"),
         (sphere, {"initial": {"x": [0, 0, 9]}}, "x: 9 does not lie"),
         (sphere, {"strategy": strategy("random", 4, MIXED)}, "another space"),

@@ -13,6 +13,10 @@ __all__ = ["Strategy", "strategy", "strategy_names"]
 _OWN = {
     "random": ("strategies.random_search", "RandomSearch"),
     "sobol": ("strategies.sobol", "Sobol"),
+    "margin": ("strategies.margin", "MarginCMAES"),
+    "catcma": ("strategies.catcma", "CatCMA"),
+    "umda": ("strategies.umda", "UMDA"),
+    "nsga2": ("pareto.nsga2", "NSGA2"),
 }
 
 
