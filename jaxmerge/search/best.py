@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.search.job import Search
 from jaxmerge.search.pareto import crowding_distance, nondominated_ranks
-from jaxmerge.search.searching import Search
 
 Best = dict[str, jax.Array]
 

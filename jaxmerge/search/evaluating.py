@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.search.searching import AXIS, Search, replicated
+from jaxmerge.search.job import AXIS, Search, replicated
 from jaxmerge.search.space import Space
 
 Objective = Callable[..., Any]

@@ -17,8 +17,8 @@ from jaxmerge.search.checking import trace
 from jaxmerge.search.evaluating import Objective
 from jaxmerge.search.generation import objective_key, run_generations, start
 from jaxmerge.search.host import run_on_host
+from jaxmerge.search.job import AXIS, Carry, Search, place
 from jaxmerge.search.memory import bytes_of_candidate, plan_chunk
-from jaxmerge.search.searching import AXIS, Carry, Search, place
 from jaxmerge.search.space import Space
 from jaxmerge.search.strategies import Strategy
 from jaxmerge.search.strategies import strategy as strategy_named

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmerge.search import best
 from jaxmerge.search.evaluating import Objective, evaluate
-from jaxmerge.search.searching import Carry, Search
+from jaxmerge.search.job import Carry, Search
 
 Record = dict[str, jax.Array]
 

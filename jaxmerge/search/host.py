@@ -12,7 +12,7 @@ import numpy as np
 from jaxmerge.search.checking import check_result
 from jaxmerge.search.evaluating import Objective
 from jaxmerge.search.generation import Record, ask, objective_key, tell
-from jaxmerge.search.searching import Carry, Search
+from jaxmerge.search.job import Carry, Search
 
 
 def run_on_host(

@@ -16,7 +16,7 @@ import jaxmerge as jm
 from jaxmerge.search import binary, categorical, continuous, evolve, space, when
 from jaxmerge.search.evaluating import evaluate
 from jaxmerge.search.generation import guard, run_generations, start
-from jaxmerge.search.searching import Search
+from jaxmerge.search.job import Search
 from jaxmerge.search.strategies import strategy
 
 SPHERE = space({"x": continuous(-1.0, 3.0, shape=(3,))})

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from typing import Any
 
 from jaxmerge.search.space import Space
 from jaxmerge.search.strategies.strategy import Strategy
@@ -66,7 +67,7 @@ def _made(name: str, population: int, space: Space, objectives: int) -> Strategy
     if name not in _OWN:
         from jaxmerge.search.strategies.from_evosax import FromEvosax
 
-        kind = functools.partial(FromEvosax, algorithm=name)
+        kind: Any = functools.partial(FromEvosax, algorithm=name)
         several = FromEvosax.multiobjective
     else:
         module, attribute = _OWN[name]
