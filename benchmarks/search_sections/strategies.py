@@ -1,7 +1,7 @@
 """Evaluations to the target on known functions: our strategies, plain CMA-ES, and the package cmaes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from report import Table
 
+from jaxmerge.search.strategies import strategy
 from jaxmerge.search.strategies.catcma import CatCMA
 from jaxmerge.search.strategies.margin import MarginCMAES
 from jaxmerge.search.strategies.umda import UMDA
@@ -49,7 +50,7 @@ def _row(function: Function, n: int, options: Options) -> dict[str, Any]:
         "margin": _ours(MarginCMAES(population, function.space), function, options),
         "catcma": _ours(CatCMA(population, function.space), function, options),
         "umda": _ours(UMDA(UMDA_POPULATION, function.space), function, options),
-        "plain CMA-ES": _plain(population, function, options),
+        "plain CMA-ES": _ours(strategy("cma_es", population, function.space), function, options),
         "cmaes: margin": _package(population, function, options),
     }
     medians = {name: float(np.median(counts)) for name, counts in taken.items()}
@@ -73,76 +74,35 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _ours(strategy: Any, function: Function, options: Options) -> np.ndarray:
-    params = strategy.default_params._replace(initial_spread=SPREAD)
-    mean = function.space.initial_genome()
-    return _evaluations(
-        lambda key: strategy.init(key, _middle(function, mean), params),
-        lambda key, state: strategy.ask(key, state, params),
-        lambda key, genomes, fitness, state: strategy.tell(key, genomes, fitness, state, params)[0],
-        strategy.population_size,
-        function,
-        options,
-    )
-
-
-def _middle(function: Function, mean: jax.Array) -> jax.Array:
-    return jnp.full_like(mean, 0.5)
-
-
-def _plain(population: int, function: Function, options: Options) -> np.ndarray:
-    from evosax.algorithms import CMA_ES
-
-    solution = jnp.full(function.space.size, 0.5)
-    strategy = CMA_ES(population_size=population, solution=solution)
-    params = strategy.default_params.replace(std_init=jnp.float32(SPREAD))
-    return _evaluations(
-        lambda key: strategy.init(key, solution, params),
-        lambda key, state: strategy.ask(key, state, params),
-        lambda key, genomes, fitness, state: strategy.tell(key, genomes, fitness, state, params)[0],
-        population,
-        function,
-        options,
-    )
-
-
-def _evaluations(
-    init: Callable[..., Any],
-    ask: Callable[..., Any],
-    tell: Callable[..., Any],
-    population: int,
-    function: Function,
-    options: Options,
-) -> np.ndarray:
-    """Of each seed, all in one program; infinite where the target was not reached."""
-    most = options.evaluations // population
-
-    def generation(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
-        state, at, key = carry
-        key, now = jax.random.split(key)
-        genomes, state = ask(now, state)
-        fitness = function.of_genomes(genomes)
-        order = jnp.arange(population)
-        first = jnp.min(jnp.where(fitness <= TARGET, order, population))
-        state = tell(now, genomes, fitness, state)
-        return state, at + jnp.where(first < population, first + 1, population), key
+def _ours(es: Any, function: Function, options: Options) -> np.ndarray:
+    """Evaluations of each seed, all in one program; infinite where the target was not reached."""
+    population = es.population_size
+    params = es.default_params._replace(initial_spread=SPREAD)
+    middle = jnp.full(function.space.size, 0.5)
 
     def unfinished(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return ~carry[3] & (carry[1] < most * population)
+        return ~carry[3] & (carry[1] + population <= options.evaluations)
 
-    def until(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
-        before = carry[1]
-        state, at, key = generation(carry[:3])
-        return state, at, key, at - before < population
+    def generation(carry: tuple[Any, jax.Array, jax.Array, jax.Array]) -> Any:
+        state, count, key, _ = carry
+        key, now = jax.random.split(key)
+        genomes, state = es.ask(now, state, params)
+        fitness = function.of_genomes(genomes)
+        hit = fitness <= TARGET
+        found = jnp.any(hit)
+        state, _ = es.tell(now, genomes, fitness, state, params)
+        return state, count + jnp.where(found, jnp.argmax(hit) + 1, population), key, found
 
+    @jax.jit
+    @jax.vmap
     def search(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start = (init(key), jnp.zeros((), int), key, jnp.zeros((), bool))
-        _, at, _, done = jax.lax.while_loop(unfinished, until, start)
-        return at, done
+        state = es.init(key, middle, params)
+        start = (state, jnp.zeros((), int), key, jnp.zeros((), bool))
+        _, count, _, found = jax.lax.while_loop(unfinished, generation, start)
+        return count, found
 
-    keys = jax.random.split(jax.random.key(options.seed), options.seeds)
-    at, done = jax.jit(jax.vmap(search))(keys)
-    return np.where(done, at, np.inf)
+    count, found = search(jax.random.split(jax.random.key(options.seed), options.seeds))
+    return np.where(found, count, np.inf)
 
 
 def _package(population: int, function: Function, options: Options) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmerge.search.halving import Rung, cost, rungs, successive_halving
+from jaxmerge.search.halving import Halving, Rung, cost, rungs, successive_halving
 
 
 @given(st.integers(1, 200), st.integers(1, 500), st.integers(1, 500), st.floats(1.05, 8))
@@ -35,7 +35,7 @@ PLAN = rungs(16, 64, first=8)
 
 @jax.jit
 @chex.assert_max_traces(n=1)
-def halve(guesses: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+def halve(guesses: jax.Array, targets: jax.Array) -> Halving:
     return successive_halving(squared, guesses, targets, PLAN)
 
 
@@ -61,8 +61,8 @@ def test_halving_is_the_loop_that_it_replaces() -> None:
 def test_chunks_change_nothing() -> None:
     rng = np.random.default_rng(0)
     guesses, targets = jnp.asarray(rng.normal(size=16)), jnp.asarray(rng.normal(size=64))
-    whole = successive_halving(squared, guesses, targets, PLAN)
-    parts = successive_halving(squared, guesses, targets, PLAN, chunk=3)
+    whole = halve(guesses, targets)
+    parts = jax.jit(lambda g, t: successive_halving(squared, g, t, PLAN, chunk=3))(guesses, targets)
     np.testing.assert_array_equal(whole.place, parts.place)
     np.testing.assert_allclose(whole.loss, parts.loss, rtol=1e-6)
 

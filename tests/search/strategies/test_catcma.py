@@ -7,7 +7,7 @@ import pytest
 from oracles import evolution
 
 from jaxmerge.search import binary, categorical, continuous, integer, space, when
-from jaxmerge.search.strategies.catcma import CatCMA
+from jaxmerge.search.strategies.catcma import CatCMA, CatState
 from jaxmerge.search.strategies.ranking import elite
 
 MIXED = space(
@@ -83,19 +83,18 @@ def test_updates_are_those_of_the_formulas() -> None:
 
 
 def test_the_order_of_the_choices_does_not_matter() -> None:
-    one = space({"a": categorical(["p", "q", "r"]), "y": continuous(-1, 1)})
-    es = CatCMA(P, one)
-    params = es.default_params
-    turned = jnp.array([2, 0, 1, 3])
-    state = es.init(jax.random.key(0), one.initial_genome(), params)
-    other = state
+    params = ES.default_params
+    # The first of the two variables `a`.
+    turned = np.array([2, 0, 1, *range(3, MIXED.size)])
+    state = other = ES.init(jax.random.key(0), MIXED.initial_genome(), params)
     for seed in range(4):
-        population, _ = es.ask(jax.random.key(seed), state, params)
+        population, _ = ES.ask(jax.random.key(seed), state, params)
         fitness = jax.random.normal(jax.random.key(50 + seed), (P,))
-        state, _ = es.tell(jax.random.key(0), population, fitness, state, params)
-        other, _ = es.tell(jax.random.key(0), population[:, turned], fitness, other, params)
-    np.testing.assert_allclose(other.table, state.table[:, turned[:3]], rtol=1e-5)
-    assert float(state.caution) == pytest.approx(float(other.caution), rel=1e-5)
+        state, _ = ES.tell(jax.random.key(0), population, fitness, state, params)
+        other, _ = ES.tell(jax.random.key(0), population[:, turned], fitness, other, params)
+    np.testing.assert_allclose(other.table[0, :3], state.table[0, turned[:3]], rtol=1e-4)
+    np.testing.assert_allclose(other.table[1:], state.table[1:], rtol=1e-4, atol=1e-6)
+    assert float(state.caution) == pytest.approx(float(other.caution), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +110,8 @@ def test_spaces_of_one_kind_are_searched_as_well(tree: dict[str, object]) -> Non
     one = space(tree)
     es = CatCMA(12, one)
     params = es.default_params
-    state = es.init(jax.random.key(0), one.initial_genome(), params)
 
-    def generation(state: object, key: jax.Array) -> tuple[object, jax.Array]:
+    def generation(state: CatState, key: jax.Array) -> tuple[CatState, jax.Array]:
         population, state = es.ask(key, state, params)
         points = jax.vmap(one.decode)(population)
         fitness = sum(
@@ -122,7 +120,12 @@ def test_spaces_of_one_kind_are_searched_as_well(tree: dict[str, object]) -> Non
         state, _ = es.tell(key, population, fitness, state, params)
         return state, jnp.min(fitness)
 
-    _, best = jax.lax.scan(generation, state, jax.random.split(jax.random.key(1), 80))
+    @jax.jit
+    def run(key: jax.Array) -> jax.Array:
+        state = es.init(key, one.initial_genome(), params)
+        return jax.lax.scan(generation, state, jax.random.split(key, 80))[1]
+
+    best = run(jax.random.key(1))
     assert np.isfinite(best).all()
     single = 4.0 if "a" in tree else 0.0
     assert float(best.min()) < single + 1e-4
