@@ -1,6 +1,7 @@
 """The sections of search.py: each takes `Options` and gives its tables one by one."""
 
 import importlib
+import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ def peer(name: str) -> Any:
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
         raise SystemExit(f"this section runs beside {package}: pip install {package}") from error
+
+
+def versioned(package: str) -> str:
+    """A package's name and version."""
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 def verdict(holds: bool, otherwise: str = "") -> str:

@@ -11,7 +11,7 @@ from report import Table
 
 from jaxmerge.search import continuous, space
 from jaxmerge.search.pareto import NSGA2, hypervolume
-from search_sections import Options, peer, verdict
+from search_sections import Options, peer, verdict, versioned
 
 VARIABLES, POPULATION, GENERATIONS = 30, 100, 200
 LIMIT = 0.99
@@ -34,6 +34,7 @@ PROBLEMS = {
 
 
 def run(options: Options) -> Iterator[Table]:
+    peer("pymoo")
     table = Table(
         "Hypervolume of NSGA-II",
         {
@@ -47,9 +48,9 @@ def run(options: Options) -> Iterator[Table]:
         },
         [
             f"{VARIABLES} variables, population {POPULATION}, {GENERATIONS} generations, reference {REFERENCE}:",
-            f"medians of {options.seeds} seeds; both packages' fronts are measured by the same function. pymoo: NSGA2",
-            "with its own defaults. s a run: of all seeds' runs in one program, compiled, divided by the seeds. Limit:",
-            f"at least {LIMIT:.0%} of pymoo's hypervolume.",
+            f"medians of {options.seeds} seeds; both packages' fronts are measured by the same function. NSGA2",
+            f"of {versioned('pymoo')} with its own defaults. s a run: of all seeds' runs in one program, compiled,",
+            f"divided by the seeds. Limit: at least {LIMIT:.0%} of pymoo's hypervolume.",
         ],
     )
     table.start()

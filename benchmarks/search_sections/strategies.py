@@ -13,7 +13,7 @@ from jaxmerge.search.strategies import strategy
 from jaxmerge.search.strategies.catcma import CatCMA
 from jaxmerge.search.strategies.margin import MarginCMAES
 from jaxmerge.search.strategies.umda import UMDA
-from search_sections import Options, peer, verdict
+from search_sections import Options, peer, verdict, versioned
 from search_sections.functions import FUNCTIONS, TARGET, Function
 
 SPREAD = 0.25
@@ -22,6 +22,7 @@ UMDA_POPULATION = 64
 
 
 def run(options: Options) -> Iterator[Table]:
+    peer("cmaes")
     names = ["margin", "catcma", "umda", "plain CMA-ES", "cmaes: margin"]
     table = Table(
         "Evaluations to the target",
@@ -29,15 +30,14 @@ def run(options: Options) -> Iterator[Table]:
         [
             f"Medians of {options.seeds} seeds of the evaluations until a candidate's value is below {TARGET:g}; empty",
             f"where half of the runs do not find it in {options.evaluations}. found: how many runs of each do. Half",
-            "of the n scalar variables are discrete (see `search_sections/functions.py`). plain CMA-ES: evosax's on",
-            "the genome, which `decode` rounds; cmaes: margin: CMAwM of the package cmaes, told the same grid. All",
-            f"start in the middle of the space with a standard deviation of {SPREAD} of its range and take 4 + 3 ln n",
-            f"candidates a generation, UMDA {UMDA_POPULATION}. Limit: margin and catcma need fewer evaluations than",
-            "plain CMA-ES.",
+            "of the n scalar variables are discrete (see `search_sections/functions.py`). plain CMA-ES: that of",
+            f"{versioned('evosax')} as `evolve` runs it, on the genome, which `decode` rounds; cmaes: margin: CMAwM of",
+            f"{versioned('cmaes')}, told the same grid. All start in the middle of the space with a standard deviation",
+            f"of {SPREAD} of its range and take 4 + 3 ln n candidates a generation, UMDA {UMDA_POPULATION}. Limit:",
+            "margin and catcma need fewer evaluations than plain CMA-ES.",
         ],
     )
     table.start()
-    peer("cmaes")
     for name, make in FUNCTIONS.items():
         for n in options.dimensions:
             table.add(function=name, n=n, **_row(make(n), n, options))
