@@ -1,5 +1,6 @@
 """Search: what may vary, and who looks for the best of it, in one compiled program."""
 
+from jaxmerge.search import anchors, halving, pareto
 from jaxmerge.search.blockwise import AutoMerge, automerge, segment
 from jaxmerge.search.evolve import Result, evolve
 from jaxmerge.search.space import Column, Space, space
@@ -13,12 +14,15 @@ __all__ = [
     "Result",
     "Space",
     "Strategy",
+    "anchors",
     "automerge",
     "binary",
     "categorical",
     "continuous",
     "evolve",
+    "halving",
     "integer",
+    "pareto",
     "segment",
     "space",
     "space_of",
