@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -333,18 +334,25 @@ def _neighbours(spec: PermutationSpec, found: Sequence[Tree]) -> tuple[tuple[boo
         {place.path for chain in tree.chains for place in chain.places if place.role != "stat"}
         for tree in found
     ]
-    twice = [
+    own = [
         any(
             sum(chain.node in axis.nodes() for _, axis in spec.binding(path).moving()) > 1
             for chain in tree.chains
             for path in mine
         )
+        or _have_a_leaf_in_common(tree)
         for tree, mine in zip(found, leaves, strict=True)
     ]
     return tuple(
-        tuple((i != j or twice[i]) and bool(one & other) for j, other in enumerate(leaves))
+        tuple((i != j or own[i]) and bool(one & other) for j, other in enumerate(leaves))
         for i, one in enumerate(leaves)
     )
+
+
+def _have_a_leaf_in_common(tree: Tree) -> bool:
+    """Whether one leaf speaks of two nodes of a tree: grouped queries and values, by what reads them."""
+    paths = [{p.path for p in chain.places if p.role != "stat"} for chain in tree.chains]
+    return any(one & other for one, other in itertools.combinations(paths, 2))
 
 
 def visiting_turns(

@@ -1,6 +1,7 @@
 """Small models for the alignment tests, in the layout of the reference problems (PyTorch's names and axes)."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,11 +60,59 @@ def attention(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(h, 1) @ params["head"]
 
 
+def grouped_query_attention(params: Any, x: jax.Array) -> jax.Array:
+    """A block of self-attention in which two heads of queries share each of two heads of keys and values."""
+    h = x @ params["in"]
+    q = (h @ params["query"]).reshape(*h.shape[:2], 2, 2, 4)
+    k, v = ((h @ params[name]).reshape(*h.shape[:2], 2, -1) for name in ("key", "value"))
+    weights = jax.nn.softmax(jnp.einsum("btkgd,bskd->bkgts", q, k), -1)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(*h.shape[:2], -1)
+    return jnp.mean(h + out @ params["out"], 1) @ params["head"]
+
+
+def group_norm_network(params: Any, x: jax.Array) -> jax.Array:
+    """A hidden layer of three groups of four units, normalised group by group."""
+    h = (x @ params["fc1"]).reshape(-1, 3, 4)
+    h = h - jnp.mean(h, -1, keepdims=True)
+    h = (h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-5)).reshape(-1, 12)
+    return jnp.tanh(h * params["scale"][None] + params["bias"][None]) @ params["fc2"]
+
+
+def scanned_network(params: Any, x: jax.Array) -> jax.Array:
+    """A residual stream through three stacked layers."""
+
+    def layer(h: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        return h + jnp.tanh(h @ p["up"]) @ p["down"], None
+
+    return jax.lax.scan(layer, x @ params["in"], params["layers"])[0] @ params["head"]
+
+
 def draw_mlp(seed: int, widths: tuple[int, ...] = (5, 12, 12, 12, 4)) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     return {
         f"fc{i + 1}.weight": jnp.asarray(rng.standard_normal((m, n)) / np.sqrt(n), jnp.float32)
         for i, (n, m) in enumerate(itertools.pairwise(widths))
+    }
+
+
+def draw_grouped_query_attention(seed: int) -> dict[str, jax.Array]:
+    shapes = {"in": (3, 6), "query": (6, 16), "key": (6, 8), "value": (6, 6), "out": (12, 6)}
+    return _draw(seed, {**shapes, "head": (6, 2)})
+
+
+def draw_group_norm_network(seed: int) -> dict[str, jax.Array]:
+    return _draw(seed, {"fc1": (5, 12), "scale": (12,), "bias": (12,), "fc2": (12, 3)})
+
+
+def draw_scanned_network(seed: int) -> dict[str, Any]:
+    layers = _draw(seed, {"up": (3, 6, 8), "down": (3, 8, 6)})
+    return {"layers": layers, **_draw(seed + 1, {"in": (5, 6), "head": (6, 2)})}
+
+
+def _draw(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()
     }
 
 

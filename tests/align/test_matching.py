@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from align.models import attention, draw_attention, draw_mlp, mlp
+from align.models import (
+    attention,
+    draw_attention,
+    draw_grouped_query_attention,
+    draw_mlp,
+    grouped_query_attention,
+    mlp,
+)
 from scipy.optimize import linear_sum_assignment
 
 import jaxmerge as jm
@@ -51,6 +58,15 @@ def test_planted_permutations_of_heads_and_of_what_is_in_them_are_found(space: s
     spec, b, answer = planted(attention, a, TOKENS, 5)
     found, _ = jm.align.match(spec, a, b, SPACES[space], x=TOKENS, apply_fn=attention)
     chex.assert_trees_all_equal(found, answer)
+
+
+def test_grouped_queries_are_matched_again_once_what_reads_them_with_values_has_moved() -> None:
+    a = draw_grouped_query_attention(0)
+    spec = jm.align.symmetry(grouped_query_attention, a, TOKENS)
+    b = jm.align.permute(spec, jm.align.random(spec, jax.random.key(3)), a)
+    found, info = jm.align.match(spec, a, b, jm.align.weight_space())
+    chex.assert_trees_all_equal(jm.align.permute(spec, found, b), a)
+    assert info.score > 0.9999
 
 
 def test_experts_and_scanned_layers_are_matched_each_for_themselves() -> None:
