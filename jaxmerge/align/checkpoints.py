@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.align.matching import MatchInfo, match
+from jaxmerge.align.matching import MatchInfo, match, match_restarts
 from jaxmerge.align.permuting import Permutations, permute
 from jaxmerge.align.spaces import Space, activation_space, dual_space, weight_space
+from jaxmerge.align.spec import PermutationSpec
+from jaxmerge.align.splitting import split_trees
 from jaxmerge.align.symmetry import symmetry
 from jaxmerge.converters import load_model, save_model, split_key
 from jaxmerge.converters.side_files import side_files
@@ -25,8 +27,32 @@ from jaxmerge.tree import flatten, nearest
 RECORD = "alignment.json"
 """The file in the output that holds the permutations and how well the units match."""
 METHODS = ("weight", "activation", "dual")
+Method = Literal["weight", "activation", "dual"]
+Heads = Literal["joint", "split"]
 # Examples that are run at once.
 _BATCH = 256
+
+
+class How(NamedTuple):
+    """How units are matched.
+
+    Attributes:
+      method: what is compared: "weight", "activation", or "dual" for both.
+      alpha: the share of the weights, for "dual".
+      seed: of the orders in which layers are visited, and of random starts.
+      restarts: how many matchings are made, of which the best counts.
+      heads: "joint" for what the program's symmetry allows; "split" as the official code of MuDSC does it, which
+        changes the function of models with attention (`jaxmerge.align.split_trees`).
+    """
+
+    method: Method = "dual"
+    alpha: float = 0.5
+    seed: int = 0
+    restarts: int = 1
+    heads: Heads = "joint"
+
+
+DEFAULT = How()
 
 
 class Aligned(NamedTuple):
@@ -47,11 +73,11 @@ def align_checkpoints(
     a: str,
     b: str,
     out: str | os.PathLike[str],
+    how: How = DEFAULT,
     *,
-    method: Literal["weight", "activation", "dual"] = "dual",
-    alpha: float = 0.5,
     data: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    family: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Aligned:
     """Aligns one checkpoint with another and writes it as a model of its own, of the same function.
 
@@ -60,56 +86,107 @@ def align_checkpoints(
       b: the model whose units are brought into the order of `a`'s; of the same family and sizes.
       out: the output's folder, which must not exist; it comes to be beside it and is renamed when it is whole. It
         gets the files that stand beside `b`'s weights, and alignment.json.
-      method: what is compared: "weight", "activation", or "dual" for both.
-      alpha: the share of the weights, for "dual".
+      how: how units are matched.
       data: a .npy or .npz file of inputs as the family's model takes them, images as [n, height, width, channels],
         for "activation" and "dual". A model that takes several inputs needs a .npz that names them.
-      seed: of the orders in which layers are visited.
+      family, config: of both models, as for `load_model`, where the checkpoints do not tell.
 
     Raises:
       ValueError: an unknown method, data that is missing, unreadable or of another shape, models that do not fit each
         other, or an output that exists. CheckpointError, which is one: as for `load_model`.
     """
-    space = space_of(method, alpha)
+    space = space_of(how.method, how.alpha)
     folder = Path(out).expanduser()
     if os.path.lexists(folder):
         raise ValueError(f"{folder}: exists already")
     if space.data and data is None:
         raise ValueError(
-            f"method {method!r} compares activations: give inputs (a .npz or .npy file)"
+            f"method {how.method!r} compares activations: give inputs (a .npz or .npy file)"
         )
     path_a, key_a = split_key(a)
     path_b, key_b = split_key(b)
-    apply_fn, of_a, config_a = load_model(path_a, key=key_a)
-    _, of_b, config_b = load_model(path_b, key=key_b)
+    apply_fn, of_a, config_a = load_model(path_a, family=family, config=config, key=key_a)
+    _, of_b, config_b = load_model(path_b, family=family, config=config, key=key_b)
     _check_alike(a, of_a, config_a.family, b, of_b, config_b.family)
     expected = config_a.table.inputs(config_a.model)
     inputs = read_inputs(data, expected) if space.data and data is not None else None
-    spec = symmetry(apply_fn, of_a, expected)
-    found, info = match(
-        spec,
-        of_a,
-        of_b,
-        space,
-        x=None if inputs is None else _batches(inputs),
-        apply_fn=apply_fn,
-        key=jax.random.key(seed),
-    )
+    spec = units_of(apply_fn, of_a, expected, how.heads)
+    found, info = match_models(spec, apply_fn, of_a, of_b, inputs, how)
     record = {
         "a": a,
         "b": b,
-        "method": method,
-        "alpha": alpha if method == "dual" else None,
+        **described(how),
         "data": None if inputs is None else os.fspath(data or ""),
-        "seed": seed,
+        **recorded(found, info),
+    }
+    _write(folder, permute(spec, found, of_b), config_b, Path(path_b), record)
+    return Aligned(found, info, record)
+
+
+def units_of(
+    apply_fn: Callable[..., Any], params: Any, inputs: Any, heads: Heads = "joint"
+) -> PermutationSpec:
+    """Where the units of a model stand.
+
+    Args:
+      apply_fn: (params, inputs) -> one array.
+      params: arrays, or their shapes.
+      inputs: arrays, or their shapes.
+      heads: as in `How`.
+
+    Raises:
+      ValueError: heads that cannot be split.
+    """
+    spec = symmetry(apply_fn, params, inputs)
+    return split_trees(spec) if heads == "split" else spec
+
+
+def match_models(
+    spec: PermutationSpec,
+    apply_fn: Callable[..., Any],
+    a: Any,
+    b: Any,
+    inputs: Any,
+    how: How,
+) -> tuple[Permutations, MatchInfo]:
+    """Finds the order of `b`'s units that fits them to `a`'s.
+
+    Args:
+      spec: where the units stand.
+      apply_fn: the function of both.
+      a, b: trees of parameters; `a` stays as it is.
+      inputs: what `read_inputs` gives; None where the method compares weights alone.
+      how: how units are matched.
+
+    Raises:
+      ValueError: as for `jaxmerge.align.match`.
+    """
+    space, key = space_of(how.method, how.alpha), jax.random.key(how.seed)
+    x = None if inputs is None else _batches(inputs)
+    if how.restarts == 1:
+        return match(spec, a, b, space, x=x, apply_fn=apply_fn, key=key)
+    return match_restarts(spec, a, b, space, how.restarts, x=x, apply_fn=apply_fn, key=key)
+
+
+def described(how: How) -> dict[str, Any]:
+    """How units are matched, as plain data.
+
+    Example:
+      >>> described(How("weight"))
+      {'method': 'weight', 'alpha': None, 'seed': 0, 'restarts': 1, 'heads': 'joint'}
+    """
+    return {**how._asdict(), "alpha": how.alpha if how.method == "dual" else None}
+
+
+def recorded(found: Permutations, info: MatchInfo) -> dict[str, Any]:
+    """What a matching found, as plain data."""
+    return {
         "score": float(info.score),
         "sweeps": int(info.sweeps),
         "settled": bool(info.settled),
         "similarity": {name: float(value) for name, value in info.similarity.items()},
         "permutations": {name: np.asarray(p).tolist() for name, p in found.items()},
     }
-    _write(folder, permute(spec, found, of_b), config_b, Path(path_b), record)
-    return Aligned(found, info, record)
 
 
 def space_of(method: str, alpha: float = 0.5) -> Space:

@@ -37,6 +37,12 @@ def align(
         float, typer.Option(help="Share of the weights in the dual similarity, 0 to 1.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the orders in which layers are visited.")] = 0,
+    restarts: Annotated[
+        int, typer.Option(min=1, help="How many matchings are made; the best counts.")
+    ] = 1,
+    family: Annotated[
+        str | None, typer.Option(help="Of both models, where the checkpoints do not tell.")
+    ] = None,
     device: DeviceOption = Device.cpu,
     json: Json = False,
 ) -> None:
@@ -48,9 +54,10 @@ def align(
     """
     began = time.monotonic()
     use(device)
-    from jaxmerge.align.checkpoints import align_checkpoints
+    from jaxmerge.align.checkpoints import How, align_checkpoints
 
-    found = align_checkpoints(a, b, out, method=method.value, alpha=alpha, data=data, seed=seed)
+    how = How(method.value, alpha, seed, restarts)
+    found = align_checkpoints(a, b, out, how, data=data, family=family)
     if json:
         typer.echo(json_text.dumps(found.record, indent=2, allow_nan=False))
         return

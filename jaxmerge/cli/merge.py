@@ -119,6 +119,8 @@ def merge(
                 continue
             if plan.resumes and loud:
                 note(f"goes on with the unfinished run in {shown}")
+            if plan.alignment is not None and loud:
+                note(f"aligns first: {plan.alignment.describe(plan.sources)}")
             began = time.monotonic()
             with progress("merging", _bytes, silent=not loud) as report:
                 run(

@@ -91,6 +91,8 @@ def _show_method(made: Plan) -> None:
     say(f"Method: {resolved.method.name}" + (f" ({options})" if options else ""))
     say(f"Hyperparameters: {values or 'none'}")
     say(f"Dialect: {resolved.recipe.dialect}; seed: {made.seed}")
+    if made.alignment is not None:
+        say(f"Aligns first: {made.alignment.describe(made.sources)}")
 
 
 def _show_sources(made: Plan) -> None:

@@ -1,4 +1,4 @@
-"""What a merge sees of a source: a tensor's elements, its rows mapped, its adapters added."""
+"""What a merge sees of a source: a tensor's elements, its rows mapped, its adapters added, its units in order."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxmerge.converters.dtypes import storage_dtype
 from jaxmerge.recipes.adapters import applied
 
 if TYPE_CHECKING:
+    from jaxmerge.align.orders import Order
     from jaxmerge.recipes.plan import Plan, PlannedInput
 
 Checkpoints = Sequence[Checkpoint] | Mapping[int, Checkpoint]
@@ -69,13 +70,16 @@ def read(
     """
     size = math.prod(wanted.shape)
     stop = size if stop is None else stop
-    if wanted.rows is None and not wanted.adapters:
+    order = plan.orders.get(wanted.source, {}).get(wanted.name)
+    if wanted.rows is None and not wanted.adapters and order is None:
         return _checked(
             plan, wanted, checkpoints[wanted.source].read_flat(wanted.name, start, stop)
         )
     width = math.prod(wanted.shape[1:])
     first, last = start // width, -(-stop // width)
-    if wanted.rows is None:
+    if order is not None:
+        rows = _ordered_rows(checkpoints, plan, wanted, order, first, last)
+    elif wanted.rows is None:
         rows = _table_rows(checkpoints, plan, wanted, slice(first, last))
     else:
         rows = _mapped_rows(checkpoints, plan, wanted, first, last)
@@ -108,6 +112,27 @@ def _table_rows(
     flat = checkpoints[table.source].read_flat(table.name, rows.start * width, rows.stop * width)
     values = _checked(plan, table, flat).reshape(-1, *table.shape[1:])
     return applied(checkpoints, table.adapters, values, rows)
+
+
+def _ordered_rows(
+    checkpoints: Checkpoints,
+    plan: Plan,
+    wanted: PlannedInput,
+    order: Order,
+    first: int,
+    last: int,
+) -> np.ndarray:
+    """Reads successive rows of an aligned model's tensor: its rows, and what is in them, in another order."""
+    rows, *within = order
+    if rows is None:
+        values = _table_rows(checkpoints, plan, wanted, slice(first, last))
+    else:
+        values = np.empty((last - first, *wanted.shape[1:]), storage_dtype(wanted.dtype))
+        _gather(checkpoints, plan, wanted, rows[first:last], values, np.arange(last - first))
+    for axis, index in enumerate(within, start=1):
+        if index is not None:
+            values = np.take(values, index, axis)
+    return values
 
 
 def _mapped_rows(

@@ -19,9 +19,10 @@ class Journal:
     """A file of JSON lines beside the parts of an unfinished output.
 
     The first line says what is being made; each further line names a tensor or a source file that
-    is finished, and its sha256. Lines are only appended. A line that a crash cut short, or that
-    promises bytes which the disk has lost, is found by its hash and done again; nothing has to wait
-    for the disk. While it is open no other process can open it: the lock ends with the process.
+    is finished, and its sha256, or holds how a source is aligned. Lines are only appended. A line
+    that a crash cut short, or that promises bytes which the disk has lost, is found by its hash and
+    done again; nothing has to wait for the disk. While it is open no other process can open it: the
+    lock ends with the process.
 
     Args:
         path: the journal's file.
@@ -30,6 +31,7 @@ class Journal:
     Attributes:
         tensors: sha256 (hex) of each finished tensor.
         sources: sha256 (hex) of each source file by path, size and time of change.
+        alignments: what was found for each source that is aligned, by its index.
         resumed: whether an earlier run of the same merge had begun the journal.
         fresh: whether there was no journal at all.
 
@@ -41,6 +43,7 @@ class Journal:
         self.path = path
         self.tensors: dict[str, str] = {}
         self.sources: dict[tuple[str, int, int], str] = {}
+        self.alignments: dict[int, dict[str, Any]] = {}
         self._fd = _lock(path, os.O_CREAT)
         first, lines, size = _read(self._fd)
         self.fresh = first is None
@@ -63,6 +66,11 @@ class Journal:
         """Records the hash of a source's file."""
         self.sources[stamp] = digest
         self._append({"source": stamp, "sha256": digest})
+
+    def finish_alignment(self, source: int, found: dict[str, Any]) -> None:
+        """Records how a source is aligned."""
+        self.alignments[source] = found
+        self._append({"aligned": source, "found": found})
 
     def take(self, other: Path) -> None:
         """Takes over what another process of the same merge has recorded in its own journal."""
@@ -100,6 +108,8 @@ class Journal:
         elif "source" in line:
             file, size, changed = line["source"]
             self.sources[file, size, changed] = line["sha256"]
+        elif "aligned" in line:
+            self.alignments[line["aligned"]] = line["found"]
 
     def _append(self, line: Mapping[str, Any]) -> None:
         data = (json.dumps(dict(line), ensure_ascii=False) + "\n").encode()

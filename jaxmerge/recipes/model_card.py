@@ -50,6 +50,7 @@ def card(record: Mapping[str, Any], name: str, *, for_transformers: bool) -> str
             record["recipe"].rstrip(),
             "```",
             "",
+            *_aligned(record),
             "## Sources",
             "",
             "| model | file | size | sha256 |",
@@ -68,6 +69,26 @@ def write_card(folder: Path, record: Mapping[str, Any], name: str, *, copied: bo
     file = folder / (SECOND_CARD if copied else CARD)
     whole = card(record, name, for_transformers=(folder / "config.json").exists())
     file.write_text(whole, encoding="utf-8")
+
+
+def _aligned(record: Mapping[str, Any]) -> list[str]:
+    """What is said of models that were brought into another order."""
+    if "alignment" not in record:
+        return []
+    how = record["alignment"]
+    compared = {
+        "weight": "weights",
+        "activation": "activations",
+        "dual": f"weights (share {how['alpha']}) and activations",
+    }
+    names = ", ".join(f"{one['model']} (similarity {one['score']:.3f})" for one in how["models"])
+    return [
+        "## Alignment",
+        "",
+        f"Before the merge the units of {names} were brought into the order of {how['to']} by their "
+        f"{compared[how['method']]}. `alignment.json` has the permutations.",
+        "",
+    ]
 
 
 def _listed(names: list[str]) -> str:

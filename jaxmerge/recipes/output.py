@@ -16,8 +16,9 @@ from jaxmerge.recipes.journal import head_of
 
 # An output folder has this journal until it is whole; further processes have their number in it.
 UNFINISHED = "jaxmerge-unfinished.jsonl"
-# A finished one has this record.
+# A finished one has this record, and where models were aligned the permutations.
 RECORD = "jaxmerge.json"
+ALIGNMENT = "alignment.json"
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([kmgt](i?b)?|b)?)", re.IGNORECASE)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxmerge._version import __version__
 from jaxmerge.converters import TensorInfo
@@ -15,6 +15,11 @@ from jaxmerge.recipes.adapters import AdapterTerm
 from jaxmerge.recipes.inputs import RowMap
 from jaxmerge.recipes.resolve import Resolved
 from jaxmerge.recipes.tokenizers import TokenizerFiles
+
+if TYPE_CHECKING:
+    from jaxmerge.align.orders import Order
+    from jaxmerge.recipes.aligning import Aligned
+    from jaxmerge.recipes.alignment import PlannedAlignment
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,8 @@ class Plan:
         config: what the output's `config.json` holds; None where the donor's is copied as it is.
         row_maps: how rows of embeddings are mapped, see `PlannedInput.rows`.
         tokenizer_files: what becomes of the tokenizer's files; None where the donor's are kept.
+        alignment: which models are brought into whose order before they are merged, or None.
+        aligned: what matching them has found; None before that, see `jaxmerge.recipes.aligning`.
     """
 
     resolved: Resolved
@@ -168,6 +175,13 @@ class Plan:
     config: Mapping[str, Any] | None = None
     row_maps: tuple[RowMap, ...] = ()
     tokenizer_files: TokenizerFiles | None = None
+    alignment: PlannedAlignment | None = None
+    aligned: Aligned | None = None
+
+    @property
+    def orders(self) -> Mapping[int, Mapping[str, Order]]:
+        """The order in which tensors are read, by their source's index and their names; others are read as they are."""
+        return {} if self.aligned is None else self.aligned.orders
 
     def describe(self) -> list[dict[str, str]]:
         """Returns a row of text per tensor: tensor, shape, from, to, action."""
@@ -215,4 +229,6 @@ class Plan:
             "done": self.done,
             "notes": list(self.notes),
         }
+        if self.alignment is not None:
+            plan["alignment"] = self.alignment.to_dict(self.sources)
         return json.dumps(plan, indent=2, allow_nan=False)

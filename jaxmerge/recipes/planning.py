@@ -18,6 +18,7 @@ from jaxmerge.converters.folder import TORCH_SUFFIXES
 from jaxmerge.methods import MergeMethod
 from jaxmerge.recipes import layers
 from jaxmerge.recipes.adapted import AdaptedModels
+from jaxmerge.recipes.alignment import PlannedAlignment, plan_alignment
 from jaxmerge.recipes.configs import with_layers, with_own_head, with_vocabulary
 from jaxmerge.recipes.dialect import mergekit_name
 from jaxmerge.recipes.embedding_rows import EmbeddingRows
@@ -80,23 +81,29 @@ def make_plan(
         [resolved.donor, *(model.reference for part in resolved.parts for model in part.sources)]
     )
     planner = _Planner(resolved, sources)
+    alignment: PlannedAlignment | None = None
     if not sources.problems:
-        planner.plan()
+        alignment = planner.plan()
     problems = [*sources.problems, *planner.problems]
     if problems:
         if output is not None:
             problems += output_problems(output, sources=sources.paths, overwrite=overwrite)
         raise PlanError(problems)
     memory = memory_needed(planner.tensors, planner.merges)
+    wants = resolved.method.name
+    if alignment is not None and alignment.memory > memory:
+        memory, wants = alignment.memory, "`align`"
     if memory_limit is not None and memory > memory_limit:
         raise PlanError(
             [
-                f"{resolved.method.name} needs {bytes_text(memory)} of memory here, more than the "
-                f"limit of {bytes_text(memory_limit)}"
+                f"{wants} needs {bytes_text(memory)} of memory here, more than the limit of "
+                f"{bytes_text(memory_limit)}"
             ]
         )
     opened = tuple(sources.opened)
-    fingerprint = _fingerprint(resolved, opened, seed, merged or {}, planner.rows.digest())
+    fingerprint = _fingerprint(
+        resolved, opened, seed, merged or {}, planner.rows.digest(), alignment
+    )
     written = _bytes_written(planner.tensors, output)
     if output is not None:
         problems = output_problems(
@@ -130,6 +137,7 @@ def make_plan(
         config=planner.config,
         row_maps=tuple(planner.rows.row_maps),
         tokenizer_files=planner.tokenizer_files,
+        alignment=alignment,
     )
 
 
@@ -161,7 +169,8 @@ class _Planner:
         self._wrong: dict[str, list[str]] = {}
         self._unset: dict[tuple[str, str | None], list[str]] = {}
 
-    def plan(self) -> None:
+    def plan(self) -> PlannedAlignment | None:
+        """Decides everything about tensors; returns how the models are aligned, if they are."""
         matcher = Matcher(self.resolved, self.sources)
         found = matcher.match()
         self._names = [matched.name for matched in found]
@@ -178,12 +187,20 @@ class _Planner:
         self.tokenizer_files = self.rows.files()
         self.problems += self.rows.problems
         self.notes += [*self.adapted.notes, *self.rows.notes]
+        alignment, problems = plan_alignment(self.resolved, self.sources)
+        self.problems += problems
+        if alignment is not None and self.rows.row_maps:
+            self.problems.append(
+                "`align`: the models' vocabularies differ, so their units cannot be compared; bring "
+                "them to one vocabulary first, with a recipe of its own"
+            )
         if self.problems:
-            return
+            return None
         self.tensors, self.ties = _tied(self.tensors, self.sources.opened, self.notes)
         self._note_idle_bases()
         self._note_idle_filters()
         self.config = self._config(matcher)
+        return alignment
 
     def _check_sources(self) -> None:
         used = {self.sources.of(m.reference) for part in self.resolved.parts for m in part.sources}
@@ -528,6 +545,7 @@ def _fingerprint(
     seed: int,
     merged: Mapping[str, Plan],
     vocabulary: str | None,
+    alignment: PlannedAlignment | None,
 ) -> str:
     content = {
         "version": __version__,
@@ -546,6 +564,8 @@ def _fingerprint(
     }
     if vocabulary is not None:
         content["vocabulary"] = vocabulary
+    if alignment is not None:
+        content["inputs"] = [(os.path.abspath(file), *stamp) for file, *stamp in alignment.files]
     if merged:
         content["merged"] = {name: plan.fingerprint for name, plan in sorted(merged.items())}
     text = json.dumps(content, sort_keys=True, allow_nan=False)

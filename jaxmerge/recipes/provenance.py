@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxmerge._version import __version__
 from jaxmerge.recipes.hub import commit_of
-from jaxmerge.recipes.output import RECORD
+from jaxmerge.recipes.output import ALIGNMENT, RECORD
 from jaxmerge.recipes.plan import Plan, PlannedTensor
 from jaxmerge.recipes.schema import dump
 
@@ -30,7 +31,7 @@ def record(plan: Plan, tensors: Sequence[Mapping[str, Any]], hashes: Hashes) -> 
     No path of this machine is in it: sources have the names that the recipe gives them.
 
     Args:
-        plan: what was carried out.
+        plan: what was carried out, its models aligned.
         tensors: how tensors were made, see `settings`.
         hashes: sha256 (hex) of the sources' files by path; `UNKNOWN` stands for those left out.
     """
@@ -58,6 +59,7 @@ def record(plan: Plan, tensors: Sequence[Mapping[str, Any]], hashes: Hashes) -> 
             for source in plan.sources
         ],
         "tensors": tensors,
+        **_alignment(plan),
     }
 
 
@@ -109,6 +111,39 @@ def write_record(plan: Plan, folder: Path, made: Mapping[str, Any], tensors: Has
     }
     text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def write_alignment(plan: Plan, folder: Path) -> None:
+    """Writes `alignment.json` where models were aligned: the permutations, and how well the units match."""
+    if plan.aligned is None:
+        return
+    models = [
+        {"model": plan.sources[index].name, **one} for index, one in plan.aligned.found.items()
+    ]
+    whole = {**_alignment(plan)["alignment"], "models": models}
+    text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / ALIGNMENT).write_text(text + "\n", encoding="utf-8")
+
+
+def permutations_digest(found: Mapping[str, Any]) -> str:
+    """Returns the sha256 (hex) of the permutations that a matching found."""
+    text = json.dumps(found["permutations"], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _alignment(plan: Plan) -> dict[str, Any]:
+    """What decides an alignment, and how it went, without the permutations themselves."""
+    if plan.alignment is None or plan.aligned is None:
+        return {}
+    planned, models = plan.alignment.to_dict(plan.sources), []
+    for index, one in plan.aligned.found.items():
+        went = {name: one[name] for name in ("score", "sweeps", "settled")}
+        digest = permutations_digest(one)
+        models.append({"model": plan.sources[index].name, **went, "permutations": digest})
+    data = None
+    if planned["data"] is not None:
+        data = {"name": planned["data"], "sha256": plan.aligned.data}
+    return {"alignment": {**planned, "data": data, "models": models}}
 
 
 def _made(plan: Plan, tensor: PlannedTensor) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from jaxmerge._version import __version__
 from jaxmerge.converters import Checkpoint, CheckpointError, open_checkpoint
 from jaxmerge.converters.byte_io import as_bytes
 from jaxmerge.recipes import side_files
+from jaxmerge.recipes.aligning import aligned
 from jaxmerge.recipes.errors import PlanError, RecipeError, did_you_mean
 from jaxmerge.recipes.output import RECORD, is_file
 from jaxmerge.recipes.plan import Plan
 from jaxmerge.recipes.planning import make_plan
-from jaxmerge.recipes.provenance import METADATA_KEY, UNKNOWN
+from jaxmerge.recipes.provenance import METADATA_KEY, UNKNOWN, permutations_digest
 from jaxmerge.recipes.schema import parse
 from jaxmerge.recipes.source_files import SourceHashes, check_unchanged
 from jaxmerge.recipes.streaming.merging import merged
@@ -75,12 +76,13 @@ def reproduce(
 ) -> Reproduction:
     """Runs the merge that made an output again and compares; the output stays as it is.
 
-    Every tensor is compared as it is merged, so that nothing but small files is written, to a
-    temporary folder.
+    Models are matched again where they were aligned. Every tensor is compared as it is merged, so
+    that nothing but small files is written, to a temporary folder.
 
     Args:
         output: a folder or a safetensors file that jaxmerge wrote.
-        sources: for sources that are elsewhere now: their name in the recipe -> where they are.
+        sources: for sources, and inputs of an alignment, that are elsewhere now: their name in the
+            recipe -> where they are.
         progress: called after each piece with a tensor's name, the bytes done, and all bytes.
 
     Raises:
@@ -91,7 +93,7 @@ def reproduce(
     record = read_record(output)
     moved = {**_beside(record, output), **(sources or {})}
     recipe = parse(_elsewhere(record, moved), filename=f"{output}: recipe")
-    plan = make_plan(recipe, seed=record["seed"])
+    plan = aligned(make_plan(recipe, seed=record["seed"]))
     notes = [f"made with {name} {was}, compared with {now}" for name, was, now in _versions(record)]
     hashes: dict[str, str] = {}
     hashing = SourceHashes(
@@ -107,7 +109,7 @@ def reproduce(
         tensors=len(plan.tensors),
         differences=differences,
         files=() if is_file(output) else _other_files(plan, output),
-        notes=(*notes, *_changed(record, plan, hashes)),
+        notes=(*notes, *_changed(record, plan, hashes), *_matched_otherwise(record, plan)),
     )
 
 
@@ -128,6 +130,9 @@ def read_record(output: Path) -> dict[str, Any]:
         for source in record["sources"]:
             known &= isinstance(source["name"], str)
             known &= all({"name", "sha256"} <= file.keys() for file in source["files"])
+        alignment = record.get("alignment", {"models": [], "data": None})
+        known &= all(isinstance(one["permutations"], str) for one in alignment["models"])
+        known &= alignment["data"] is None or {"name", "sha256"} <= alignment["data"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -147,6 +152,9 @@ def _beside(record: Mapping[str, Any], output: Path) -> dict[str, str]:
 def _elsewhere(record: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     """Returns the recipe with sources' names replaced."""
     names = [source["name"] for source in record["sources"]]
+    inputs = record.get("alignment", {}).get("data")
+    if inputs is not None:
+        names.append(inputs["name"])
     for old in sources:
         if old not in names:
             raise PlanError([f"the merge has no source {old!r}{did_you_mean(old, names)}"])
@@ -189,6 +197,19 @@ def _changed(record: Mapping[str, Any], plan: Plan, hashes: Mapping[str, str]) -
                 notes.append(f"{source.name}: {file['name']} is not the file that was merged")
         if len(recorded) != len(found):
             notes.append(f"{source.name}: had {len(recorded)} files, has {len(found)}")
+    return notes
+
+
+def _matched_otherwise(record: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Says what an alignment was made from that is not there now, and which matchings come out otherwise."""
+    if plan.aligned is None or "alignment" not in record:
+        return []
+    notes, was = [], record["alignment"]
+    if was["data"] is not None and was["data"]["sha256"] != plan.aligned.data:
+        notes.append(f"{was['data']['name']}: not the inputs that the models were aligned on")
+    for one, (index, found) in zip(was["models"], plan.aligned.found.items(), strict=False):
+        if one["permutations"] != permutations_digest(found):
+            notes.append(f"{plan.sources[index].name}: its units are matched in another way")
     return notes
 
 

@@ -143,6 +143,14 @@ class Resolved:
         return self.base or self.models[0]
 
     @property
+    def aligned_to(self) -> ModelReference:
+        """The model in whose order an alignment brings the others."""
+        named = None if self.recipe.align is None else self.recipe.align.to
+        wanted = named or self.recipe.base_model or self.models[0]
+        sources = [model.reference for model in self.parts[0].sources]
+        return next((one for one in sources if one.same(wanted)), wanted)
+
+    @property
     def written_dtype(self) -> str | None:
         """The dtype of merged tensors in the output; None to keep the sources'."""
         return self.out_dtype or self.dtype
@@ -174,6 +182,9 @@ class Resolved:
             "hyperparameters": dict(self.hyperparameters),
             "dtype": self.written_dtype,
         }
+        align = self.recipe.align
+        if align is not None:
+            decided["align"] = {**align.model_dump(), "to": str(self.aligned_to)}
         if not self.uniform:
             del decided["hyperparameters"]
             decided["parts"] = [_plain_part(part) for part in self.parts]
@@ -266,6 +277,7 @@ class _Resolver:
         for part in parts:
             self._check_values(method, part)
             self._note_repeats(part)
+        self._check_align(parts[0])
         self._raise()
         for name, where in self.misplaced.items():
             self._note(
@@ -311,6 +323,7 @@ class _Resolver:
                 "options": block.options,
                 "models": bare,
                 "blocks": (),
+                "align": None,
             }
             recipe = self.recipe.model_copy(update=update)
             recipe._notes = ()
@@ -321,6 +334,28 @@ class _Resolver:
                 continue
             self.notes += resolved.notes
             yield ResolvedBlock(block.tensors, resolved)
+
+    def _check_align(self, part: Part) -> None:
+        align = self.recipe.align
+        if align is None:
+            return
+        names = [model.reference for model in part.sources]
+        if align.to is not None and not any(align.to.same(name) for name in names):
+            hint = did_you_mean(str(align.to), map(str, names))
+            self._problem(
+                f"`align.to`: {str(align.to)!r} is none of the models{hint}", "align", "to"
+            )
+        method = align.method or ("weight" if align.data is None else "dual")
+        if method != "weight" and align.data is None:
+            self._problem(
+                f"`align`: method {method!r} compares activations: give `data`, a .npz or .npy file "
+                "of inputs",
+                *("align", "method"),
+            )
+        if method == "weight" and align.data is not None:
+            self._note("`align.data` has no effect on method 'weight'", "align", "data")
+        if method != "dual" and align.alpha is not None:
+            self._note(f"`align.alpha` has no effect on method {method!r}", "align", "alpha")
 
     # The method
 

@@ -23,9 +23,10 @@ from jaxmerge.converters import (
 )
 from jaxmerge.converters.byte_io import as_bytes
 from jaxmerge.recipes import model_card, provenance, side_files
+from jaxmerge.recipes.aligning import aligned
 from jaxmerge.recipes.errors import PlanError
 from jaxmerge.recipes.inputs import read_whole
-from jaxmerge.recipes.output import is_file
+from jaxmerge.recipes.output import is_file, journal_of
 from jaxmerge.recipes.plan import Plan, PlannedInput
 from jaxmerge.recipes.processes import ALONE, Processes
 from jaxmerge.recipes.source_files import SourceHashes, check_unchanged
@@ -55,7 +56,8 @@ def run(
 ) -> Path:
     """Carries a plan out, or on: what an interrupted run of the same plan has finished is kept.
 
-    Every source tensor is checked for NaN and infinity as it is read. Until the last tensor is
+    Models are aligned first, where the recipe says so. Every source tensor is checked for NaN and
+    infinity as it is read. Until the last tensor is
     written nothing stands under a final name. The result does not depend on how often the run was
     interrupted, nor on the number of processes.
 
@@ -89,12 +91,13 @@ def run(
         with workplace(plan.output, head, plan.overwrite, processes.index) as place:
             if not processes.index:
                 _agree(processes, head)
+            plan = _aligned(plan, place, processes)
             if chosen == "torch":
                 _write_torch(plan, place, memory_limit, progress, processes)
             else:
                 _write_safetensors(plan, place, limit, memory_limit, progress, processes)
         processes.meet("the output is whole")
-    return plan.output
+    return place.output
 
 
 def _agree(processes: Processes, head: Mapping[str, Any]) -> None:
@@ -108,6 +111,20 @@ def _agree(processes: Processes, head: Mapping[str, Any]) -> None:
                     "the sources' paths, sizes and times of change must be the same"
                 ]
             )
+
+
+def _aligned(plan: Plan, place: Workplace, processes: Processes) -> Plan:
+    """Matches the models once, in the first process; the others, and later runs, take what it has recorded."""
+    if plan.alignment is None:
+        return plan
+    journal = place.journal
+    if not processes.index:
+        plan = aligned(plan, journal.alignments, journal.finish_alignment)
+        processes.meet("the models are aligned")
+        return plan
+    processes.meet("the models are aligned")
+    journal.take(journal_of(place.target))
+    return aligned(plan, journal.alignments)
 
 
 def _write_safetensors(
@@ -300,12 +317,13 @@ def _write_beside(plan: Plan, place: Workplace, record: Mapping[str, Any]) -> No
         return
     side_files.write_side_files(plan, place.target)
     provenance.write_record(plan, place.target, record, place.journal.tensors)
+    provenance.write_alignment(plan, place.target)
     copied = Path(model_card.CARD) in side_files.side_files(plan.sources[0].path)
     model_card.write_card(place.target, record, place.output.name, copied=copied)
 
 
 def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray] | None]:
-    """Loads the plan's models and base into memory, each checkpoint once.
+    """Loads the plan's models and base into memory, each checkpoint once, aligned where the recipe says so.
 
     Returns:
       The models' tensors by name, in order, and the base's (or None).
@@ -313,6 +331,7 @@ def load_sources(plan: Plan) -> tuple[list[dict[str, np.ndarray]], dict[str, np.
     Raises:
       CheckpointError: a tensor holds NaN or infinity, or cannot be read.
     """
+    plan = aligned(plan)
     loaded: dict[PlannedInput, np.ndarray] = {}
     with _open_all(plan) as checkpoints:
         for one in (one for tensor in plan.tensors for one in tensor.inputs):

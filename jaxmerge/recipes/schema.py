@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,6 +92,22 @@ def _chat_template(value: object) -> str:
     return value
 
 
+def _share(value: object) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= float(value) <= 1:  # type: ignore[arg-type]
+        raise ValueError(f"expected the weights' share, a number from 0 to 1; found {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _plain_mapping(value: object) -> object:
+    """What config.json could hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected values as in a config.json: {error}") from None
+    return value
+
+
 def _token_source(value: object) -> object:
     """A model's name alone takes the token from there."""
     if value is None or (isinstance(value, Mapping) and "kind" in value):
@@ -174,6 +191,32 @@ class Block(_Part):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
+class Align(_Part):
+    """How models are brought into the order of one of them before they are merged.
+
+    Attributes:
+        to: the model that stays as it is; None: the base, or else the first model.
+        method: what units are compared by; None: "dual" where there are data, else "weight".
+        alpha: the share of the weights, for "dual"; None: a half.
+        data: a file of inputs, .npz or .npy.
+        family: of the models, where the checkpoints do not tell.
+        config: in place of their config.json.
+        restarts: how many matchings are made, of which the best counts.
+        seed: of the matchings.
+        heads: "split" as the official code of MuDSC does it, for comparison.
+    """
+
+    to: _Reference | None = None
+    method: Literal["weight", "activation", "dual"] | None = None
+    alpha: Annotated[float, BeforeValidator(_share)] | None = None
+    data: str | None = None
+    family: str | None = None
+    config: Annotated[dict[str, Any], BeforeValidator(_plain_mapping)] | None = None
+    restarts: Annotated[int, Field(gt=0)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    heads: Literal["joint", "split"] = "joint"
+
+
 class Recipe(_Part):
     """A merge as written, before names are looked up.
 
@@ -196,6 +239,7 @@ class Recipe(_Part):
     tensors: Literal["same", "union", "intersection"] = "same"
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
+    align: Align | None = None
     tokenizer: Tokenizer | None = None
     chat_template: Annotated[str, BeforeValidator(_chat_template)] | None = None
 
@@ -380,10 +424,13 @@ def _effective(data: Any, path: source_map.Path, source: SourceMap, notes: list[
             notes.append(
                 place(source.filename, source.line(where), f"`{key}` has no effect on the result")
             )
-        elif path[-1:] == ("parameters",) or key == "options":
+        elif path[-1:] == ("parameters",) or key == "options" or where == ("align", "config"):
             kept[key] = value
         elif value is not None or key in ("model", "layer_range"):
             kept[key] = _effective(value, where, source, notes)
+        elif where == ("align",):
+            # The key alone asks for an alignment as it is without settings.
+            kept[key] = {}
     return kept
 
 
@@ -431,6 +478,11 @@ def _structure_problems(kept: dict[str, Any], source: SourceMap) -> Iterator[Pro
                 yield Problem(
                     source.line(("blocks",)), f"`blocks` goes with `models`, not with `{body}`"
                 )
+    if "align" in kept and given and "models" not in given:
+        yield Problem(
+            source.line(("align",)),
+            f"`align` needs `models`: units of whole models are matched, found `{given[0]}`",
+        )
     modules = kept.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else ():
         if isinstance(module, dict) and ("models" in module) == ("slices" in module):
@@ -515,6 +567,8 @@ def _message(loc: source_map.Path, item: Mapping[str, Any]) -> str:
         "int_parsing": "a whole number",
         "int_from_float": "a whole number",
         "greater_than": "a number above 0",
+        "greater_than_equal": "a number from 0",
+        "less_than": "a number below 2^32",
         "bool_type": "true or false",
         "bool_parsing": "true or false",
     }
@@ -529,6 +583,8 @@ _LITERALS: Mapping[str, tuple[str, ...]] = {
     "dialect": ("mergekit", "jaxmerge"),
     "tensors": ("same", "union", "intersection"),
     "kind": ("zero", "model", "model_token"),
+    "method": ("weight", "activation", "dual"),
+    "heads": ("joint", "split"),
 }
 
 
@@ -545,6 +601,8 @@ def _part_at(loc: source_map.Path) -> type[BaseModel]:
     for i in range(len(loc) - 1, -1, -1):
         if loc[i] == "tokenizer":
             return Tokenizer
+        if loc[i] == "align":
+            return Align
         if loc[i] in parts and i == len(loc) - 2:
             return parts[str(loc[i])]
         if loc[i] == "source" and i == len(loc) - 1 and "tokens" in loc:
@@ -562,6 +620,11 @@ def _keys_of(loc: source_map.Path) -> str:
 def _unknown_key(loc: source_map.Path) -> str:
     key = str(loc[-1])
     part = _part_at(loc[:-1])
+    if key == "align":
+        return (
+            "`align` stands at the top of a recipe: it brings whole models into one order, "
+            f"not {_dotted(loc[:-1])}"
+        )
     if key in PARAMETERS and "parameters" in part.model_fields:
         return f"unknown key {key!r} here; it belongs under `parameters`"
     valid = _KNOWN if part is Recipe else part.model_fields

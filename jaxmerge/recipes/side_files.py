@@ -11,13 +11,13 @@ from pathlib import Path
 from jaxmerge.converters import open_checkpoint
 from jaxmerge.converters import side_files as converters
 from jaxmerge.recipes.model_card import CARD, SECOND_CARD
-from jaxmerge.recipes.output import RECORD, is_journal
+from jaxmerge.recipes.output import ALIGNMENT, RECORD, is_journal
 from jaxmerge.recipes.plan import Plan
 from jaxmerge.recipes.tokenizers import FILES
 
 CONFIG = "config.json"
-# Written anew by every merge.
-_GENERATED = frozenset({RECORD, "recipe.yaml"})
+# Written anew by every merge, or speaking of the source alone.
+_GENERATED = frozenset({ALIGNMENT, RECORD, "recipe.yaml"})
 
 
 def write_side_files(plan: Plan, target: Path) -> None:

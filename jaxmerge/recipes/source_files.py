@@ -24,16 +24,18 @@ def check_unchanged(plan: Plan) -> None:
     """
     problems = []
     lost: OSError | None = None
-    for source in plan.sources:
-        for file, size, changed in source.files:
-            try:
-                stat = os.stat(file)
-            except OSError as error:
-                lost = error
-                problems.append(f"{file}: cannot be read any more ({error.strerror})")
-                continue
-            if (stat.st_size, stat.st_mtime_ns) != (size, changed):
-                problems.append(f"{file}: has changed since the plan was made; plan again")
+    stamps = [stamp for source in plan.sources for stamp in source.files]
+    if plan.alignment is not None:
+        stamps += plan.alignment.files
+    for file, size, changed in stamps:
+        try:
+            stat = os.stat(file)
+        except OSError as error:
+            lost = error
+            problems.append(f"{file}: cannot be read any more ({error.strerror})")
+            continue
+        if (stat.st_size, stat.st_mtime_ns) != (size, changed):
+            problems.append(f"{file}: has changed since the plan was made; plan again")
     if problems:
         raise PlanError(problems) from lost
 

@@ -72,7 +72,8 @@ def workplace(output: Path, head: Head, overwrite: bool, process: int = 0) -> It
         try:
             yield place
         except BaseException as error:
-            if process == 0 and not (place.journal.tensors and _can_go_on(error)):
+            finished = place.journal.tensors or place.journal.alignments
+            if process == 0 and not (finished and _can_go_on(error)):
                 _remove(place, made)
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(_kept(output)) from None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from recipes.layered import draw, save
 
-from jaxmerge.converters import Checkpoint
+from jaxmerge.converters import Checkpoint, save_checkpoint
 from jaxmerge.recipes import make_plan, parse
 from jaxmerge.recipes.errors import PlanError, RecipeError
 
@@ -69,6 +69,35 @@ def truncated(folder: Path) -> None:
 def emptied(folder: Path) -> None:
     shutil.rmtree(folder / "b")
     (folder / "b").mkdir()
+
+
+def networks(**changes: np.ndarray) -> Callable[[Path], None]:
+    """Writes models a and b as MLPs that can be aligned, and inputs; b with other tensors."""
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        shapes = {"fc1.weight": (5, 4), "fc1.bias": (5,), "fc2.weight": (3, 5), "fc2.bias": (3,)}
+        tensors = {name: rng.standard_normal(s).astype("f4") for name, s in shapes.items()}
+        own = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        for name, found in (("a", tensors), ("b", {**tensors, **own})):
+            shutil.rmtree(folder / name)
+            save_checkpoint(folder / name, found)
+        np.save(folder / "x.npy", np.ones((2, 4), np.float32))
+        np.save(folder / "wide.npy", np.ones((2, 5), np.float32))
+
+    return write
+
+
+def network_with_an_adapter(folder: Path) -> None:
+    networks()(folder)
+    weights = {
+        "base_model.model.fc1.lora_A.weight": np.ones((1, 4), np.float32),
+        "base_model.model.fc1.lora_B.weight": np.ones((5, 1), np.float32),
+    }
+    (folder / "lora").mkdir()
+    save_checkpoint(folder / "lora" / "adapter_model.safetensors", weights)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc1"]}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config))
 
 
 INDEX = {"weight_map": {"w": "../a/model.safetensors"}}
@@ -218,6 +247,63 @@ CATALOGUE: dict[str, tuple[str, Change, str]] = {
     ),
     "a broken config": (linear(), file("b/config.json", "{"), "config.json"),
     "an adapter that is none": (linear(models="[{model: a+b}]"), None, "adapter"),
+    # Alignment
+    "a misspelt key of align": (linear("align: {aplha: 1}"), None, "did you mean 'alpha'"),
+    "models of no family": (linear("align:"), None, "(?s)`align`: a: .*`align`: b: "),
+    "a misspelt family": (
+        linear("align: {family: mlp_cf}"),
+        networks(),
+        "^recipe.yaml:4: `align`: no family 'mlp_cf'. Nearest: 'mlp_fc'",
+    ),
+    "a reference that is no model": (
+        linear("align: {to: c}"),
+        None,
+        "`align.to`: 'c' is none of the models",
+    ),
+    "nothing to align": (
+        linear("align:", models="[{model: a}]"),
+        networks(),
+        "there is no other model to bring into the order of a",
+    ),
+    "activations without inputs": (
+        linear("align: {method: dual}"),
+        networks(),
+        "compares activations: give `data`",
+    ),
+    "inputs that are not there": (
+        linear("align: {data: y.npy}"),
+        networks(),
+        "recipe.yaml:4: `align`: no file 'y.npy'; did you mean 'x.npy'",
+    ),
+    "inputs of another shape": (
+        linear("align: {data: wide.npy}"),
+        networks(),
+        r"expected numbers \[n, 4\], found float32 \[2, 5\]",
+    ),
+    "inputs that are none": (
+        linear("align: {data: a/model.safetensors}"),
+        networks(),
+        "no .npy or .npz file",
+    ),
+    "models to align of different widths": (
+        linear("align:"),
+        networks(
+            fc1__weight=np.ones((6, 4), np.float32),
+            fc1__bias=np.ones(6, np.float32),
+            fc2__weight=np.ones((3, 6), np.float32),
+        ),
+        r"expected \[5, 4\] as in a",
+    ),
+    "a model to align with an adapter": (
+        linear("align:", models="[{model: a}, {model: b+lora}]"),
+        network_with_an_adapter,
+        "b[+]lora: a model with an adapter cannot be aligned",
+    ),
+    "layers to align": (
+        slices("- sources: [{model: a, layer_range: [0, 3]}]", extra="align:"),
+        None,
+        "`align` needs `models`",
+    ),
 }
 
 

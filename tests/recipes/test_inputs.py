@@ -37,7 +37,7 @@ def sources(tmp_path):
 
 def plan(*row_maps):
     named = tuple(types.SimpleNamespace(name=name) for name in ("a", "b", "lora"))
-    return types.SimpleNamespace(sources=named, row_maps=row_maps)
+    return types.SimpleNamespace(sources=named, row_maps=row_maps, orders={})
 
 
 def term(**changes):

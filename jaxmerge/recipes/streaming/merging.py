@@ -47,7 +47,10 @@ def merged(
 
     Raises:
       CheckpointError: a source holds NaN or infinity, or cannot be read.
+      ValueError: the plan's models are to be aligned, and are not yet.
     """
+    if plan.alignment is not None and plan.aligned is None:
+        raise ValueError("the plan's models are not aligned yet: see jaxmerge.recipes.aligning")
     limit = memory.default_limit() if memory_limit is None else memory_limit
     shares = memory.shares(limit, plan.tensors, plan.merges)
     grouping, numbers = Grouping(plan), Numbers(plan)
