@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import jaxmerge as jm
-from tests.align.models import attention, draw_attention, draw_mlp, mlp
+from tests.align.models import (
+    attention,
+    draw_attention,
+    draw_grouped_query_attention,
+    draw_mlp,
+    grouped_query_attention,
+    mlp,
+)
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((64, 5)), jnp.float32)
 
@@ -72,6 +79,19 @@ def test_heads_are_brought_back_with_what_is_in_them() -> None:
     np.testing.assert_allclose(attention(moved, x), attention(a, x), atol=1e-3)
     for path in a:
         np.testing.assert_allclose(moved[path], a[path], atol=2e-3)
+
+
+def test_grouped_queries_are_brought_back_with_their_keys() -> None:
+    a = draw_grouped_query_attention(0)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((16, 4, 3)), jnp.float32)
+    function = grouped_query_attention
+    spec = jm.align.symmetry(function, a, x)
+    assert {(2, 2), (2, 4), (2, 3)} <= {spec.shape(node.name) for node in spec.free()}
+    b = jm.align.permute(spec, jm.align.random(spec, jax.random.key(3)), a)
+    options = {"temperature": 0.0005, "x": x, "apply_fn": function, "iterations": 1000}
+    moved, _ = jm.align.transport(spec, a, b, jm.align.activation_space(), **options)
+    for path in a:
+        np.testing.assert_allclose(moved[path], a[path], atol=5e-3)
 
 
 def test_hotter_plans_are_softer_and_keep_their_masses() -> None:
