@@ -15,6 +15,7 @@ from jaxmerge.cli import (
     plan,
     quickstart,
     reproduce,
+    search,
     sweep,
 )
 from jaxmerge.cli.consoles import say
@@ -58,6 +59,7 @@ for _command in (
     reproduce.reproduce,
     methods.methods,
     sweep.sweep,
+    search.search,
     convert.convert,
     extract_lora.extract_lora,
     align.align,

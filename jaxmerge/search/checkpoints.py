@@ -52,7 +52,7 @@ def save(
     """Writes a checkpoint, whole or not at all, and removes the older ones. Called by all processes.
 
     Args:
-      folder: of all checkpoints.
+      folder: of all checkpoints, absolute.
       generation: how many generations are done.
       tree: arrays, the same on every device.
       history: float32 [generation] by name.
@@ -60,7 +60,7 @@ def save(
     """
     from orbax.checkpoint import v1
 
-    path = folder.absolute() / f"{_PREFIX}{generation:08d}"
+    path = folder / f"{_PREFIX}{generation:08d}"
     v1.save(
         path,
         {"carry": _leaves(tree), "history": history},

@@ -152,7 +152,7 @@ def evolve(
     search = Search(
         space, who, restarts, objectives, reevaluate, patience, float(tolerance), 1, mesh
     )
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = None if checkpoint is None else Path(checkpoint).absolute()
     identity = _identity(search, key, genome)
     found = None if folder is None else checkpoints.latest(folder)
     if found is not None:

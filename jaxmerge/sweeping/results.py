@@ -57,9 +57,8 @@ def to_dict(found: Sweep, plan: Plan) -> dict[str, Any]:
     }
 
 
-def standing_alone(found: Sweep, plan: Plan) -> Recipe:
-    """Returns the best recipe with absolute paths, so that it may stand in any folder."""
-    recipe = found.grid.recipe(found.best)
+def standing_alone(recipe: Recipe) -> Recipe:
+    """Returns a recipe with absolute paths, so that it may stand in any folder."""
     folder = recipe.folder
 
     def absolute(reference: Any) -> Any:
@@ -88,7 +87,7 @@ def write(folder: Path, found: Sweep, plan: Plan) -> None:
         f"# jaxmerge merge {BEST} OUT{seed}\n"
     )
     texts = {
-        BEST: head + dump(standing_alone(found, plan)),
+        BEST: head + dump(standing_alone(found.grid.recipe(found.best))),
         TABLE: _csv(found),
         RECORD: json.dumps(to_dict(found, plan), indent=2, allow_nan=False) + "\n",
     }
