@@ -242,7 +242,7 @@ class Categorical(_Variable):
 class Binary(_Variable):
     """See `binary`."""
 
-    probability: float
+    probability: tuple[float, ...]
 
     kind: Kind = "binary"
     levels: int = 2
@@ -270,11 +270,11 @@ class Binary(_Variable):
     @property
     def values(self) -> np.ndarray:
         """The initial value of each element."""
-        return np.full(self.count, self.probability > 0.5)
+        return np.asarray(self.probability) > 0.5
 
     def start(self) -> np.ndarray:
         """The coordinates from which a search sets out: the probability of being on."""
-        return np.full((self.count, 1), self.probability)
+        return np.asarray(self.probability)[:, None]
 
 
 Variable = Continuous | Integer | Categorical | Binary
@@ -418,13 +418,14 @@ def categorical(
 
 
 def binary(
-    shape: int | Sequence[int] = (), probability: float = 0.5, *, when: Conditions = None
+    shape: int | Sequence[int] = (), probability: Any = 0.5, *, when: Conditions = None
 ) -> Binary:
     """Declares variables that are on or off.
 
     Args:
       shape: of the bool array that stands in the decoded point.
-      probability: of being on, where a search starts; what is inactive is on where this exceeds 0.5.
+      probability: of being on, where a search starts, a number or an array of `shape`; what is inactive is on where
+        this exceeds 0.5.
       when: as for `continuous`.
 
     Returns:
@@ -438,9 +439,11 @@ def binary(
       12
     """
     call = f"binary(probability={probability})"
-    if not 0 <= _finite(probability, call) <= 1:
+    size = _shape(shape, call)
+    start = _elements(probability, size, call)
+    if not ((start >= 0) & (start <= 1)).all():
         raise ValueError(f"{call}: a probability lies in [0, 1]")
-    return Binary(_shape(shape, call), _conditions(when, call), float(probability))
+    return Binary(size, _conditions(when, call), tuple(start.tolist()))
 
 
 def when(path: str, choice: Any = True, *, index: Any = None) -> When:

@@ -68,10 +68,9 @@ def from_uniform(space: Space, uniform: jax.Array) -> jax.Array:
       Genomes, float32 [..., size].
     """
     off = [
-        np.full(
-            variable.count * variable.width,
-            1 - variable.probability if isinstance(variable, Binary) else 0.5,
-        )
+        1 - variable.start().ravel()
+        if isinstance(variable, Binary)
+        else np.full(variable.count * variable.width, 0.5)
         for _, variable in space.variables
     ]
     threshold = np.concatenate(off).astype(np.float32)
