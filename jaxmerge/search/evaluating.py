@@ -53,7 +53,10 @@ def evaluate(
     filled = jnp.concatenate(
         [genomes, jnp.broadcast_to(genomes[:1], (width * rounds - count, genomes.shape[1]))]
     )
-    if rounds == 1:
+    if width == 1 and search.mesh is None:
+        # Not a vmap of one: what `lax.cond` leaves out is then left out.
+        fitness = jax.lax.map(one, filled)
+    elif rounds == 1:
         fitness = jax.vmap(one)(_spread(search, filled, 0))
     else:
         chunks = _spread(search, filled.reshape(rounds, width, -1), 1)
