@@ -18,6 +18,7 @@ from jaxmerge.models.generation import generate
 from jaxmerge.models.gpt2 import GPT2, GPT2Config
 from jaxmerge.models.inverted_residual import InvertedResidualConfig, InvertedResidualNet
 from jaxmerge.models.mlp import MLP, MLPConfig
+from jaxmerge.models.paths import ScaledLayer, along, in_a_row, scaled
 from jaxmerge.models.pilotnet import PilotNet, PilotNetConfig
 from jaxmerge.models.pooling import pool
 from jaxmerge.models.resnet import ResNet, ResNetConfig
@@ -68,17 +69,21 @@ __all__ = [
     "ResNet",
     "ResNetConfig",
     "Rotary",
+    "ScaledLayer",
     "T5Config",
     "VGGConfig",
     "ViT",
     "ViTConfig",
     "YarnScaling",
+    "along",
     "empty_cache",
     "generate",
     "image_features",
+    "in_a_row",
     "layer_function",
     "layers_of",
     "pool",
+    "scaled",
     "stack_layers",
     "stack_layout",
     "text_features",

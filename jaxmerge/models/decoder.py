@@ -1,8 +1,9 @@
 """The decoder of Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3 and SmolLM 2 and 3: one definition with switches."""
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,6 +83,8 @@ class DecoderConfig:
     dtype: str = "float32"
     stacked: bool = False
 
+    per_layer: ClassVar[tuple[str, ...]] = ("layers",)
+
     def __post_init__(self) -> None:
         if self.heads % self.key_heads:
             raise ValueError(f"{self.key_heads} key heads do not divide {self.heads} query heads")
@@ -102,6 +105,10 @@ class DecoderConfig:
     def layer_kinds(self) -> tuple[int, ...]:
         """Each layer's index in `kinds`."""
         return tuple(map(self.kinds.index, self.layers))
+
+    def of_layers(self, origins: Sequence[tuple["DecoderConfig", int]]) -> "DecoderConfig":
+        """The configuration of a model of other layers, each given by the model that it comes from and its number."""
+        return replace(self, layers=tuple(config.layers[layer] for config, layer in origins))
 
 
 class Contexts(NamedTuple):

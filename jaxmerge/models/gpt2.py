@@ -1,8 +1,9 @@
 """GPT-2: learned positions, layer norms, one projection for queries, keys and values."""
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,8 @@ class GPT2Config:
     dtype: str = "float32"
     stacked: bool = False
 
+    per_layer: ClassVar[tuple[str, ...]] = ("depth",)
+
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
@@ -66,6 +69,16 @@ class GPT2Config:
     def layer_kinds(self) -> tuple[int, ...]:
         """Which scale of the scores each layer reads."""
         return tuple(layer if self.scale_by_layer else 0 for layer in range(self.depth))
+
+    def of_layers(self, origins: Sequence[tuple["GPT2Config", int]]) -> "GPT2Config":
+        """The configuration of a model of other layers, each given by the model that it comes from and its number.
+
+        Raises:
+          ValueError: `scale_by_layer`: a layer is not the same at another place.
+        """
+        if self.scale_by_layer:
+            raise ValueError("scale_by_layer: a layer is not the same at another place")
+        return replace(self, depth=len(origins))
 
 
 class GPT2Contexts(NamedTuple):
