@@ -2,6 +2,7 @@
 
 from jaxmerge.search import anchors, halving, pareto
 from jaxmerge.search.blockwise import AutoMerge, automerge, segment
+from jaxmerge.search.dataflow import dataflow
 from jaxmerge.search.evolve import Result, evolve
 from jaxmerge.search.space import Column, Space, space
 from jaxmerge.search.spaces_of import space_of
@@ -19,6 +20,7 @@ __all__ = [
     "binary",
     "categorical",
     "continuous",
+    "dataflow",
     "evolve",
     "halving",
     "integer",
