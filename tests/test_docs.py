@@ -17,6 +17,7 @@ from jaxmerge.cli.app import app
 from jaxmerge.converters import families
 from jaxmerge.methods import registry
 from jaxmerge.recipes import parse, parse_all, resolve
+from jaxmerge.searching.schema import parse_search
 from jaxmerge.sweeping import import_source
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,13 @@ def test_recipes_resolve(page: Path) -> None:
         if block.info == "yaml" and "merge_method" in block.text and not _needs_import(block):
             for recipe in parse_all(block.text, filename=f"{page.name}:{block.line}"):
                 resolve(recipe)
+
+
+@every_page
+def test_searches_are_read(page: Path) -> None:
+    for block in blocks(page):
+        if block.info == "yaml" and "methods:" in block.text:
+            parse_search(block.text, filename=f"{page.name}:{block.line}")
 
 
 @every_page

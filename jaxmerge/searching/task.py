@@ -233,7 +233,7 @@ def _fixed(search: SearchFile, specs: Mapping[Any, Any], models: int) -> dict[An
             )
 
     def level(specs: Mapping[Any, Any]) -> dict[Any, Any]:
-        found = {}
+        found: dict[Any, Any] = {}
         for name, spec in specs.items():
             if isinstance(spec, Hyperparameter):
                 if name in search.parameters:
