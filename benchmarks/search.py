@@ -26,7 +26,7 @@ def main() -> None:
     sizes = [10, 20, 40]
     parser.add_argument("--dimensions", nargs="+", type=int, default=sizes, help="in `strategies`")
     parser.add_argument("--seeds", type=int, default=20, help="runs of each")
-    evaluations = 20_000
+    evaluations = 12_000
     parser.add_argument("--evaluations", type=int, default=evaluations, help="at most, of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -24,24 +24,26 @@ UMDA_POPULATION = 64
 def run(options: Options) -> Iterator[Table]:
     peer("cmaes")
     names = ["margin", "catcma", "umda", "plain CMA-ES", "cmaes: margin"]
-    table = Table(
-        "Evaluations to the target",
-        {"function": "", "n": "d", **dict.fromkeys(names, ".0f"), "found": "", "holds": ""},
-        [
-            f"Medians of {options.seeds} seeds of the evaluations until a candidate's value is below {TARGET:g}; empty",
-            f"where half of the runs do not find it in {options.evaluations}. found: how many runs of each do. Half",
-            "of the n scalar variables are discrete (see `search_sections/functions.py`). plain CMA-ES: that of",
-            f"{versioned('evosax')} as `evolve` runs it, on the genome, which `decode` rounds; cmaes: margin: CMAwM of",
-            f"{versioned('cmaes')}, told the same grid. All start in the middle of the space with a standard deviation",
-            f"of {SPREAD} of its range and take 4 + 3 ln n candidates a generation, UMDA {UMDA_POPULATION}. Limit:",
-            "margin and catcma need fewer evaluations than plain CMA-ES.",
-        ],
-    )
-    table.start()
-    for name, make in FUNCTIONS.items():
+    notes = [
+        f"Medians of {options.seeds} seeds of the evaluations until a candidate's value is below {TARGET:g}; empty",
+        f"where half of the runs do not find it in {options.evaluations}. found: how many runs of each do. Half of",
+        f"the n scalar variables are discrete. plain CMA-ES: that of {versioned('evosax')} as `evolve` runs it, on",
+        f"the genome, which `decode` rounds; cmaes: margin: CMAwM of {versioned('cmaes')}, told the same grid. All",
+        f"start in the middle of the space with a standard deviation of {SPREAD} of its range and take 4 + 3 ln n",
+        f"candidates a generation, UMDA {UMDA_POPULATION}. Limit: margin and catcma need fewer evaluations than plain",
+        "CMA-ES.",
+    ]
+    for function, make in FUNCTIONS.items():
+        about = " ".join(str(make.__doc__).split())
+        table = Table(
+            f"Evaluations to the target: {function}",
+            {"n": "d", **dict.fromkeys(names, ".0f"), "found": "", "holds": ""},
+            [about, *notes],
+        )
+        table.start()
         for n in options.dimensions:
-            table.add(function=name, n=n, **_row(make(n), n, options))
-    yield table
+            table.add(n=n, **_row(make(n), n, options))
+        yield table
 
 
 def _row(function: Function, n: int, options: Options) -> dict[str, Any]:
