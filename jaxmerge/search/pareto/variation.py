@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def simulated_binary_crossover(
     key: jax.Array, first: jax.Array, second: jax.Array, index: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws two children around two parents, as near to them as the parents are to each other.
+    """Draws two children around two parents; which child is near which parent is drawn for each coordinate.
 
     Args:
       key: one key.
@@ -26,7 +26,8 @@ def simulated_binary_crossover(
     low, high = jnp.minimum(first, second), jnp.maximum(first, second)
     apart = high - low
     gap = jnp.maximum(apart, 1e-7)
-    u = jax.random.uniform(key, first.shape)
+    for_spread, for_swap = jax.random.split(key)
+    u = jax.random.uniform(for_spread, first.shape)
     power = 1 / (jnp.asarray(index, jnp.float32) + 1)
 
     def spread(room: jax.Array) -> jax.Array:
@@ -36,7 +37,7 @@ def simulated_binary_crossover(
 
     below = (low + high - spread(low) * apart) / 2
     above = (low + high + spread(1 - high) * apart) / 2
-    swapped = first > second
+    swapped = jax.random.bernoulli(for_swap, 0.5, first.shape)
     children = jnp.where(swapped, above, below), jnp.where(swapped, below, above)
     return jnp.clip(children[0], 0, 1), jnp.clip(children[1], 0, 1)
 

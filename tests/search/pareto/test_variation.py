@@ -24,8 +24,8 @@ def test_children_and_mutants_stay_in_the_unit_cube() -> None:
     moved = polynomial_mutation(jax.random.key(2), a, 0.5)
     for values in (one, other, moved):
         assert ((values >= 0) & (values <= 1)).all()
-    near = jnp.mean(jnp.abs(one - a) < jnp.abs(one - b))
-    assert near > 0.5
+    near = jnp.abs(one - a) < jnp.abs(one - b)
+    assert 0.4 < float(jnp.mean(near)) < 0.6
 
 
 def test_equal_parents_have_equal_children() -> None:
