@@ -175,22 +175,17 @@ def automerge(
     state = method.init(models, base, layout=layout)
     draws = jax.random.key(seed)
     reference = _reference(models, evaluate, key, data, sources)
-
-    def objective(point: Any, key: jax.Array, state: Any, data: Any, reference: Any) -> jax.Array:
-        scores = _scores(evaluate, method.apply(state, point, draws), key, data)
-        return -balanced(preservation(scores, reference), balance)
-
     result = evolve(
-        objective,
+        _objective(method, evaluate),
         space,
         strategy=strategy,
         population=population,
         generations=generations,
         key=key,
-        args=(state, data, jnp.asarray(reference)),
+        args=(state, draws, data, jnp.asarray(reference), jnp.float32(balance)),
         **search,
     )
-    params = jax.jit(method.apply)(state, result.best, draws)
+    params = method.apply(state, result.best, draws)
     scores = _scores(evaluate, params, key, data)
     kept = preservation(scores, reference)
     other = None
@@ -221,6 +216,19 @@ def automerge(
         _rules=rules,
         _layout=layout,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _objective(method: MergeMethod, evaluate: Evaluate) -> Callable[..., jax.Array]:
+    """The same function for the same search, which then is not compiled anew."""
+
+    def objective(
+        point: Any, key: jax.Array, state: Any, draws: Any, data: Any, reference: Any, balance: Any
+    ) -> jax.Array:
+        scores = _scores(evaluate, method.apply(state, point, draws), key, data)
+        return -balanced(preservation(scores, reference), balance)
+
+    return objective
 
 
 def _made(one: str | MergeMethod) -> MergeMethod:
