@@ -2,6 +2,7 @@
 
 strategies   evaluations to the target, beside plain CMA-ES and the package cmaes
 pareto       hypervolume of NSGA-II beside pymoo at equal evaluations
+automerge    per block against single techniques and the whole model, on images and driving
 
     python benchmarks/search.py [--sections strategies ...] [--dimensions N ...] [--seeds N] [--evaluations N]
         [--seed N] [--json OUT]
@@ -17,7 +18,7 @@ from pathlib import Path
 from machine import describe, headline
 from report import Report
 
-SECTIONS = ("strategies", "pareto")
+SECTIONS = ("strategies", "pareto", "automerge")
 
 
 def main() -> None:
@@ -32,13 +33,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    from search_sections import Options, pareto, strategies
+    from search_sections import Options, automerge, pareto, strategies
 
     report = Report("search", __doc__.splitlines()[0], describe(), arguments.seed)
     print(f"{headline(report.machine)}; seed {arguments.seed}")
     fields = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
     options = Options(**{**fields, "dimensions": tuple(arguments.dimensions)})
-    sections = {"strategies": strategies.run, "pareto": pareto.run}
+    sections = {"strategies": strategies.run, "pareto": pareto.run, "automerge": automerge.run}
     for name in arguments.sections:
         started = time.perf_counter()
         for table in sections[name](options):

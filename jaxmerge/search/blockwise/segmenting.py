@@ -1,16 +1,18 @@
 """Segmentation: a model cut into blocks that differ, from its program and from how its task vectors lie."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Jaxpr, Var
 
 from jaxmerge.learning import block_labels
 from jaxmerge.methods.inputs import is_mergeable
 from jaxmerge.tracing import sites
+from jaxmerge.tracing.interpreter import CALLS
 from jaxmerge.tree import Layout, flatten
 from jaxmerge.tree.blocks import labels_of
 
@@ -26,10 +28,12 @@ class Unit(NamedTuple):
 
     Attributes:
       name: its label.
+      size: its entries.
       features: float64 [features].
     """
 
     name: str
+    size: float
     features: np.ndarray
 
 
@@ -52,8 +56,9 @@ def segment(
         log(|d_m| / |base|) averaged over m,   cos(d_m, d_n) averaged over pairs,
         the share of |d| where the signs conflict,   log(|d|_4 / |d|_2): how few entries carry it,
 
-    each scaled to unit variance over the units. Neighbours are then joined, always those whose joining raises the sum
-    of squared distances to the blocks' means least (Ward), until as many blocks are left as are asked for.
+    the latter scaled to unit variance over the units. Neighbours are then joined, always those whose joining raises the
+    sum of squared distances to the blocks' means least (Ward; a unit of n parameters counts sqrt(n) times), until as
+    many blocks are left as are asked for.
 
     Args:
       models: trees of the same structure.
@@ -87,20 +92,54 @@ def segment(
         raise ValueError("apply_fn and inputs go together")
     layout = Layout() if layout is None else layout
     labels = block_labels(models[0], layout=layout)
-    used = _uses(apply_fn, models[0], inputs)
-    units = _units(models, base, labels, layout, used)
-    names = _joined([unit.name for unit in units], _scaled(units), blocks)
+    program = _program(apply_fn, models[0], inputs)
+    units = _units(models, base, labels, layout, program)
+    names = _joined(units, blocks)
     return {
         pattern: tuple(names[one] for one in label) if isinstance(label, tuple) else names[label]
         for pattern, label in labels.items()
     }
 
 
-def _uses(apply_fn: Callable[[Any, Any], Any] | None, params: Any, inputs: Any) -> list[str] | None:
-    """The paths of the leaves that meet activations, in the order of the program."""
+class Program(NamedTuple):
+    """What a program says of the leaves of a model, by their paths.
+
+    Attributes:
+      order: in which it uses them first.
+      multiplied: which of them meet activations in a product.
+    """
+
+    order: Mapping[str, int]
+    multiplied: frozenset[str]
+
+
+def _program(
+    apply_fn: Callable[[Any, Any], Any] | None, params: Any, inputs: Any
+) -> Program | None:
     if apply_fn is None:
         return None
-    return list(dict.fromkeys(site.path for site in sites(apply_fn, params, inputs)))
+    closed = jax.make_jaxpr(apply_fn)(params, inputs)
+    paths = list(flatten(params)[0])
+    order: dict[str, int] = {}
+    _first_uses(closed.jaxpr, dict(zip(closed.jaxpr.invars, paths, strict=False)), order)
+    multiplied = frozenset(site.path for site in sites(apply_fn, params, inputs))
+    return Program(order, multiplied)
+
+
+def _first_uses(jaxpr: Jaxpr, named: Mapping[Var, str], order: dict[str, int]) -> None:
+    """Numbers the leaves in the order in which operations take them."""
+    for equation in jaxpr.eqns:
+        given = {i: v for i, v in enumerate(equation.invars) if isinstance(v, Var) and v in named}
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        if given and equation.primitive.name in CALLS and isinstance(inner, Jaxpr):
+            # Constants come first.
+            ahead = len(inner.invars) - len(equation.invars)
+            below = {inner.invars[i + ahead]: named[v] for i, v in given.items()}
+            _first_uses(inner, below, order)
+            continue
+        for variable in given.values():
+            order.setdefault(named[variable], len(order))
 
 
 def _units(
@@ -108,7 +147,7 @@ def _units(
     base: Any,
     labels: Labels,
     layout: Layout,
-    used: list[str] | None,
+    program: Program | None,
 ) -> list[Unit]:
     flat = [flatten(model)[0] for model in models]
     flat_base = None if base is None else flatten(base)[0]
@@ -126,27 +165,28 @@ def _units(
         ):
             members.setdefault(str(label), []).append((path, row))
     order = {name: i for i, name in enumerate(members)}
-    if used is not None:
-        place = {path: i for i, path in enumerate(used)}
-        first = {
-            name: min((place[path] for path, _ in mine if path in place), default=None)
+    if program is not None:
+        unused = len(program.order)
+        order = {
+            name: min(program.order.get(path, unused) for path, _ in mine)
             for name, mine in members.items()
         }
-        # What the program does not multiply with stays behind the unit before it in the tree.
-        last = -1
-        for name in members:
-            found = first[name]
-            last = last if found is None else found
-            order[name] = last
     ranked = sorted(members, key=lambda name: order[name])
-    return [Unit(name, _features(members[name], layout, flat[0], used)) for name in ranked]
+    return [
+        Unit(
+            name,
+            float(sum(row[0] for _, row in members[name])),
+            _features(members[name], layout, flat[0], program),
+        )
+        for name in ranked
+    ]
 
 
 def _features(
     members: list[tuple[str, np.ndarray]],
     layout: Layout,
     leaves: dict[str, Any],
-    used: list[str] | None,
+    program: Program | None,
 ) -> np.ndarray:
     total = np.sum([row for _, row in members], axis=0)
     size, norm, change, fourth, conflict, magnitude, dot, norms = total
@@ -154,7 +194,7 @@ def _features(
     for path, row in members:
         axes = np.ndim(leaves[path]) - layout.of(path).stacked
         kinds[0 if axes < 2 else 1 if axes == 2 else 2] += row[0]
-        kinds[3] += row[0] * (used is None or path in used)
+        kinds[3] += row[0] * (program is None or path in program.multiplied)
     return np.array(
         [
             *(_STRUCTURE * kinds / size),
@@ -210,23 +250,24 @@ def _scaled(units: list[Unit]) -> np.ndarray:
     return np.where(spread > 1e-9, centred / np.where(spread > 1e-9, spread, 1.0), 0.0)
 
 
-def _joined(names: list[str], features: np.ndarray, blocks: int) -> dict[str, str]:
+def _joined(units: list[Unit], blocks: int) -> dict[str, str]:
     """By unit the name of its block."""
-    groups = [[i] for i in range(len(names))]
+    features, weights = _scaled(units), np.sqrt([unit.size for unit in units])
+    groups = [[i] for i in range(len(units))]
     while len(groups) > blocks:
-        costs = [
-            len(a) * len(b) / (len(a) + len(b)) * _distance(features[a], features[b])
-            for a, b in itertools.pairwise(groups)
-        ]
+        costs = [_cost(features, weights, a, b) for a, b in itertools.pairwise(groups)]
         at = int(np.argmin(costs))
         groups[at : at + 2] = [groups[at] + groups[at + 1]]
     labels = {}
     for group in groups:
-        first, last = names[group[0]], names[group[-1]]
+        first, last = units[group[0]].name, units[group[-1]].name
         for i in group:
-            labels[names[i]] = first if first == last else f"{first}..{last}"
+            labels[units[i].name] = first if first == last else f"{first}..{last}"
     return labels
 
 
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum())
+def _cost(features: np.ndarray, weights: np.ndarray, a: list[int], b: list[int]) -> float:
+    """By how much joining two groups raises the weighted sum of squares about the means."""
+    means = [np.average(features[group], axis=0, weights=weights[group]) for group in (a, b)]
+    one, other = weights[a].sum(), weights[b].sum()
+    return float(one * other / (one + other) * ((means[0] - means[1]) ** 2).sum())
