@@ -4,6 +4,7 @@ from jaxmerge.search import anchors, halving, pareto
 from jaxmerge.search.blockwise import AutoMerge, automerge, segment
 from jaxmerge.search.dataflow import dataflow
 from jaxmerge.search.evolve import Result, evolve
+from jaxmerge.search.factored import factored
 from jaxmerge.search.space import Column, Space, space
 from jaxmerge.search.spaces_of import space_of
 from jaxmerge.search.strategies import Strategy, strategy, strategy_names
@@ -22,6 +23,7 @@ __all__ = [
     "continuous",
     "dataflow",
     "evolve",
+    "factored",
     "halving",
     "integer",
     "pareto",

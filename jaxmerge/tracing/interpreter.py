@@ -20,11 +20,13 @@ class Interpretation(NamedTuple):
       outputs: what `apply_fn` returns.
       params: the parameters with the visitor's replacements.
       records: what the visitor kept, in program order.
+      elsewhere: the paths of leaves that are used otherwise than at sites, alone or also.
     """
 
     outputs: Any
     params: Any
     records: list[Record]
+    elsewhere: frozenset[str]
 
 
 def interpret(
@@ -64,11 +66,12 @@ def interpret(
     sources = [Source(path, jnp.asarray(leaf)) for path, leaf in leaves.items()]
     walk = _Walk(visit)
     given = [*map(View.of, sources), *map(jnp.asarray, jax.tree.leaves(inputs))]
-    outputs = [_value(out) for out in walk.run(closed.jaxpr, closed.consts, given)]
+    outputs = [walk.value(out) for out in walk.run(closed.jaxpr, closed.consts, given)]
     return Interpretation(
         jax.tree.unflatten(jax.tree.structure(shape), outputs),
         unflatten(definition, (source.current() for source in sources)),
         walk.records,
+        frozenset(walk.elsewhere),
     )
 
 
@@ -111,11 +114,18 @@ CALLS = {
 
 
 class _Walk:
-    """One walk through a program, with what the visitor kept so far."""
+    """One walk through a program, with what the visitor kept, and what was used outside of sites, so far."""
 
     def __init__(self, visit: Visitor) -> None:
         self.visit = visit
         self.records: list[Record] = []
+        self.elsewhere: set[str] = set()
+
+    def value(self, value: Any) -> Any:
+        """An array for what is used outside of sites."""
+        if isinstance(value, View):
+            self.elsewhere.add(value.source.path)
+        return _value(value)
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Runs a program on arrays and views; its results may be views too."""
@@ -148,9 +158,13 @@ class _Walk:
                     self.records.append(Record(found.site, source.layer, answer.record))
                 if answer.parameter is not None:
                     source.replace(answer.parameter)
-                output = evaluate(eqn, [_value(operand) for operand in operands])[0]
+                values = [
+                    _value(operand) if operand is found.view else self.value(operand)
+                    for operand in operands
+                ]
+                output = evaluate(eqn, values)[0]
                 return [output if answer.output is None else answer.output(output)]
-        return evaluate(eqn, [_value(operand) for operand in operands])
+        return evaluate(eqn, [self.value(operand) for operand in operands])
 
     def _scan(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         """Runs a scan with its body walked through; stacked leaves are seen layer by layer."""
@@ -193,7 +207,7 @@ class _Walk:
                 records[:] = self.records
             finally:
                 self.records = outer
-            results = [_value(result) for result in results]
+            results = [self.value(result) for result in results]
             replaced[:] = [whole for whole in stacked if one[whole].replaced]
             kept = [
                 (None if record.layer is None else jnp.asarray(record.layer), record.value)
@@ -203,11 +217,11 @@ class _Walk:
 
         final, (ys, kept, values) = jax.lax.scan(
             body,
-            [_value(value) for value in carry],
+            [self.value(value) for value in carry],
             (
                 jnp.arange(eqn.params["length"]),
                 list(stacked.values()),
-                [_value(x) for x in xs if not _is_stack(x)],
+                [self.value(x) for x in xs if not _is_stack(x)],
             ),
             length=eqn.params["length"],
             reverse=eqn.params["reverse"],
