@@ -114,10 +114,10 @@ def _tables(
         },
         [
             f"{problem.training}. Scores on test sets that no search saw, means over {options.seeds} seeds",
-            "of the search: accuracy, or for steering 1 / (1 + normalised mean squared error). preserved: the mean over",
-            "tasks of the score over the own expert's; discrepancy: its largest less its least; score: preserved -",
-            f"{BALANCE:g} discrepancy, which searches maximise on validation data. Every search: {STRATEGY},",
-            f"{POPULATION} x {GENERATIONS} merges evaluated.",
+            "of the search: accuracy, or for steering 1 / (1 + normalised mean squared error). preserved: the mean",
+            "over tasks of the score over the own expert's; discrepancy: its largest less its least; score:",
+            f"preserved - {BALANCE:g} discrepancy, which searches maximise on validation data. Every search:",
+            f"{STRATEGY}, {POPULATION} x {GENERATIONS} merges evaluated.",
             f"Blocks found by `segment`: {', '.join(dict.fromkeys(map(str, labels.values())))}.",
         ],
     )
