@@ -92,7 +92,7 @@ def activation_similarity(
       >>> activation_similarity(spec, mlp, params, params, [x])["fc1"].round(3).tolist()
       [[1.0, -1.0], [-1.0, 1.0]]
     """
-    function = _hashable(apply_fn)
+    function = hashable(apply_fn)
     total: dict[str, Moments] | None = None
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
@@ -103,7 +103,7 @@ def activation_similarity(
     return {name: correlation(m) for name, m in total.items()}
 
 
-def _hashable(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+def hashable(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function that programs can be kept for; those of objects that cannot be hashed are compiled at each call."""
     try:
         hash(apply_fn)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from align import models
 from align.models import attention, draw_attention, draw_mlp, mlp
 
 import jaxmerge as jm
@@ -110,6 +111,38 @@ def test_heads_are_matched_and_what_is_read_within_them_is_merged() -> None:
     assert all(c.shape[-1] != 4 for c in info.clusters.values())
 
 
+@pytest.mark.parametrize(
+    "name", ["grouped_query_attention", "group_norm_network", "scanned_network"]
+)
+def test_copies_with_units_within_others_zip_to_the_model_itself(name: str) -> None:
+    function, one = getattr(models, name), getattr(models, f"draw_{name}")(0)
+    x = TOKENS if name == "grouped_query_attention" else X
+    spec, others = copies(function, one, x, 2)
+    assert any(node.parents for node in spec.nodes)
+    space = jm.align.dual_space(0.5)
+    merged, info = jm.align.zipit(spec, others, space, x=x, apply_fn=function, b=0.0)
+    chex.assert_trees_all_close(merged, one, atol=1e-5)
+    assert info.score > 0.999
+
+
+def test_units_merge_within_their_group_or_layer_alone() -> None:
+    """Each head's, group's or layer's clusters hold its own units of both models, as many as one model has."""
+    x = X
+    for function, draw, within in (
+        (models.group_norm_network, models.draw_group_norm_network, (3, 2, 4)),
+        (models.scanned_network, models.draw_scanned_network, (3, 2, 8)),
+    ):
+        two = [draw(seed) for seed in (0, 5)]
+        spec = jm.align.symmetry(function, two[0], x)
+        merged, info = jm.align.zipit(
+            spec, two, jm.align.activation_space(), x=x, apply_fn=function
+        )
+        (labels,) = [c for c in info.clusters.values() if c.shape == within]
+        for one in np.asarray(labels):
+            assert sorted(set(one.ravel())) == list(range(within[-1]))
+        assert np.all(np.isfinite(function(merged, x)))
+
+
 def test_merged_weights_follow_from_the_clusters() -> None:
     models = [draw_mlp(i) for i in (1, 2)]
     spec = jm.align.symmetry(mlp, models[0], X)
@@ -125,6 +158,21 @@ def test_merged_weights_follow_from_the_clusters() -> None:
             for j in range(12):
                 expected[labels[1][m, i], labels[0][m, j]] += w[i, j] / sizes[labels[1][m, i]]
     np.testing.assert_allclose(merged["fc2.weight"], expected, atol=1e-6)
+
+
+def test_a_zip_is_one_program_for_many_shares_of_the_weights() -> None:
+    models = [draw_mlp(i) for i in (1, 2)]
+    spec = jm.align.symmetry(mlp, models[0], X)
+
+    def merged(alpha: jax.Array) -> Any:
+        space = jm.align.dual_space(alpha)
+        return jm.align.zipit(spec, models, space, x=X, apply_fn=mlp, sweeps=3)[0]
+
+    alphas = jnp.array([0.2, 0.9])
+    together = jax.jit(jax.vmap(merged))(alphas)
+    for i, alpha in enumerate(alphas):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        chex.assert_trees_all_close(one, merged(alpha), atol=1e-6)
 
 
 def test_flattened_maps_and_fused_segments_are_merged_as_the_spec_says() -> None:

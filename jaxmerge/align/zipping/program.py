@@ -17,6 +17,7 @@ from jaxmerge.align.capturing import activations
 from jaxmerge.align.matching import check_alpha, match_tree, visiting_turns
 from jaxmerge.align.moments import CLAMP, Moments, combined, correlation, moments
 from jaxmerge.align.permuting import Permutations, compose, identity, indices, permute
+from jaxmerge.align.similarity import hashable
 from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Measure, Space
 from jaxmerge.align.spec import Axis, Binding, PermutationSpec
@@ -33,16 +34,16 @@ class ZipInfo(NamedTuple):
     """How a zip went.
 
     Attributes:
-      score: float, the mean over the trees of nodes of the mean similarity of units that were merged with each other.
-      sweeps: how many sweeps over the trees were made.
-      settled: whether the last sweep changed nothing.
+      score: float [], the mean over the trees of nodes of the mean similarity of units that were merged together.
+      sweeps: int32 [], how many sweeps over the trees were made.
+      settled: bool [], whether the last sweep changed nothing.
       permutations: per model the order into which its heads, groups and what is only matched are brought.
       clusters: per merged node int32 [parents..., models, n], the merged unit of each unit, after the permutations.
     """
 
-    score: float
-    sweeps: int
-    settled: bool
+    score: jax.Array
+    sweeps: jax.Array
+    settled: jax.Array
     permutations: tuple[Permutations, ...]
     clusters: dict[str, jax.Array]
 
@@ -96,7 +97,7 @@ def zipit(
 
     with the matrices of `merge_matrices`: leaves that produce units, one value per unit, and running statistics take
     M, leaves that read them U. In a space with weights the clusters are found in sweeps, each tree under what
-    the others have come to, as in `jaxmerge.align.match`.
+    the others have come to, as in `jaxmerge.align.match`, in one compiled program.
 
     Units that something reads are merged. Heads, groups and whatever else has units within it are matched with those
     of the first model and what is within them is merged head by head: a mean of two heads is no head. Nodes that no
@@ -127,7 +128,7 @@ def zipit(
       >>> spec = jm.align.symmetry(mlp, one, jnp.ones((1, 3)))
       >>> two = jm.align.permute(spec, {"fc1": jnp.roll(jnp.arange(8), 3)}, one)
       >>> merged, info = jm.align.zipit(spec, [one, two], jm.align.weight_space())
-      >>> bool(jnp.allclose(merged["fc1"], one["fc1"])), info.settled
+      >>> bool(jnp.allclose(merged["fc1"], one["fc1"])), bool(info.settled)
       (True, True)
 
     Reference:
@@ -177,43 +178,28 @@ def zipped(
         if x is None or apply_fn is None:
             raise ValueError("the space compares activations: give x= and apply_fn=")
         data = _correlations(spec, apply_fn, models, x if isinstance(x, list) else [x])
-    turns = np.asarray(visiting_turns(chosen, order, key, sweeps))
-    state = _State(tuple(identity(spec) for _ in models), _as_they_are(program))
-    step = functools.partial(_visit, program)
-    if space.data:
-        own = Space(jnp.float32(0), None, True)
-        scores = []
-        for index in range(len(chosen)):
-            state, score = step(index, own, data, leaves, a, b, state)
-            scores.append(float(score))
-        _check_finite(program, scores)
-        if space.weights is None:
-            return program, leaves, _info(state, scores, 1, True)
-    best, best_scores, idle, moved, sweep = state, [-math.inf] * len(chosen), 0, True, 0
-    scores = [0.0] * len(chosen)
-    while sweep < sweeps and idle < patience and moved:
-        before = state
-        for index in turns[sweep]:
-            state, score = step(int(index), space, data, leaves, a, b, state)
-            scores[index] = float(score)
-        _check_finite(program, scores)
-        moved = not all(
-            np.array_equal(p, q)
-            for p, q in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True)
-        )
-        idle += 1
-        if np.mean(scores) > np.mean(best_scores):
-            best, best_scores, idle = state, list(scores), 0
-        sweep += 1
-    return program, leaves, _info(best, best_scores, sweep, not moved)
+    turns = visiting_turns(chosen, order, key, sweeps)
+    found = _swept(program, _Limits(sweeps, patience), space, data, leaves, a, b, turns)
+    _check_finite(program, found.scores)
+    return program, leaves, found.info
 
 
-def _info(state: _State, scores: Sequence[float], sweeps: int, settled: bool) -> ZipInfo:
-    return ZipInfo(float(np.mean(scores)), sweeps, settled, state.permutations, state.clusters)
+def _info(
+    state: _State, scores: jax.Array, sweeps: int | jax.Array, settled: bool | jax.Array
+) -> ZipInfo:
+    return ZipInfo(
+        jnp.mean(scores),
+        jnp.int32(sweeps),
+        jnp.bool_(settled),
+        state.permutations,
+        state.clusters,
+    )
 
 
-def _check_finite(program: Program, scores: Sequence[float]) -> None:
-    for tree, score in zip(program.trees, scores, strict=True):
+def _check_finite(program: Program, scores: jax.Array) -> None:
+    if isinstance(scores, jax.core.Tracer):
+        return
+    for tree, score in zip(program.trees, np.asarray(scores), strict=True):
         if not math.isfinite(score):
             raise ValueError(f"the similarity of node {tree.root!r} is not finite: are the models?")
 
@@ -222,12 +208,23 @@ def carried_over(
     program: Program, leaves: Sequence[Mapping[str, jax.Array]], info: ZipInfo
 ) -> list[dict[str, jax.Array]]:
     """Every model's leaves over the merged units; their mean is the merged model."""
+    return _carried_over(program, leaves, info.permutations, info.clusters)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _carried_over(
+    program: Program,
+    leaves: Sequence[Mapping[str, jax.Array]],
+    orders: Sequence[Permutations],
+    clusters: Mapping[str, jax.Array],
+) -> list[dict[str, jax.Array]]:
     bound = dict(program.spec.leaves)
+    spec = _permuting(program, set(bound))
     found = []
     for one, permutations, matrices in zip(
-        leaves, info.permutations, _matrices(program, info.clusters), strict=True
+        leaves, orders, _matrices(program, clusters), strict=True
     ):
-        aligned = permute(program.spec, permutations, dict(one))
+        aligned = permute(spec, permutations, dict(one)) if spec.leaves else one
         found.append(
             {
                 path: transformed(program.spec, bound[path], leaf, matrices, program.parents())
@@ -272,32 +269,191 @@ def _correlations(
     spec: PermutationSpec, apply_fn: Callable[..., Any], models: Sequence[Any], batches: list[Any]
 ) -> dict[str, jax.Array]:
     """Per node [layers, models * units, models * units], Pearson's correlations of activations."""
-    total: dict[str, Moments] = {}
+    function = hashable(apply_fn)
+    total: dict[str, Moments] | None = None
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
-        sites = find_sites(spec, apply_fn, models[0], *inputs)
-        each = [activations(sites, apply_fn, model, *inputs) for model in models]
-        for name in each[0]:
-            units = jnp.concatenate([one[name] for one in each], axis=-1)
-            found = moments(units, units)
-            total[name] = combined(total[name], found) if name in total else found
-    if not total:
+        found = _batch_moments(spec, function, tuple(models), inputs)
+        total = found if total is None else {k: combined(total[k], m) for k, m in found.items()}
+    if total is None:
         raise ValueError("activations need at least one batch of inputs, found none")
     correlations = {name: correlation(m) for name, m in total.items()}
     return {name: s.reshape(-1, *s.shape[-2:]) for name, s in correlations.items()}
 
 
-def _visit(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _batch_moments(
+    spec: PermutationSpec,
+    apply_fn: Callable[..., Any],
+    models: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+) -> dict[str, Moments]:
+    sites = find_sites(spec, apply_fn, models[0], *inputs)
+    each = [activations(sites, apply_fn, model, *inputs) for model in models]
+    units = {name: jnp.concatenate([one[name] for one in each], axis=-1) for name in each[0]}
+    return {name: moments(whole, whole) for name, whole in units.items()}
+
+
+# The program --------------------------------------------------------------------------------------------------------
+
+
+class _Limits(NamedTuple):
+    sweeps: int
+    patience: int
+
+
+class _Found(NamedTuple):
+    info: ZipInfo
+    scores: jax.Array
+
+
+class _Run(NamedTuple):
+    """Where the sweeps stand.
+
+    Attributes:
+      state: as of the last sweep.
+      scores: [trees], of the last sweep.
+      best, best_scores: of the best one.
+      sweep: how many there were.
+      idle: how many in a row were no better.
+      moved: whether the last one changed anything.
+    """
+
+    state: _State
+    scores: jax.Array
+    best: _State
+    best_scores: jax.Array
+    sweep: jax.Array
+    idle: jax.Array
+    moved: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _swept(
     program: Program,
-    index: int,
+    limits: _Limits,
     space: Space,
     data: Mapping[str, jax.Array],
     leaves: Sequence[Mapping[str, jax.Array]],
     a: Any,
     b: Any,
+    turns: jax.Array,
+) -> _Found:
+    """Sweeps over the trees until nothing moves or nothing gets better, from what the activations alone say."""
+    count = len(program.trees)
+    stacked = {path: jnp.stack([one[path] for one in leaves]) for path in leaves[0]}
+
+    def visited(
+        space: Space, turn: jax.Array, state: _State, scores: jax.Array
+    ) -> tuple[_State, jax.Array]:
+        groups = _alike(program, space, data)
+        branches = [
+            functools.partial(_visit, program, group, space, data, stacked, a, b)
+            for group in groups
+        ]
+        branch = jnp.array(
+            [next(g for g, of in enumerate(groups) if i in of) for i in range(count)]
+        )
+
+        def visit(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+            index = turn[i]
+            state, score = jax.lax.switch(branch[index], branches, index, carry[0])
+            return state, carry[1].at[index].set(score)
+
+        found: tuple[_State, jax.Array] = jax.lax.fori_loop(0, count, visit, (state, scores))
+        return found
+
+    state = _State(
+        tuple(identity(program.spec) for _ in range(program.models)), _as_they_are(program)
+    )
+    scores = jnp.zeros(count)
+    if space.data:
+        own = Space(jnp.float32(0), None, True)
+        state, scores = visited(own, jnp.arange(count), state, scores)
+        if space.weights is None:
+            return _Found(_info(state, scores, 1, True), scores)
+
+    def sweep(run: _Run) -> _Run:
+        state, scores = visited(space, turns[run.sweep], run.state, run.scores)
+        better = jnp.mean(scores) > jnp.mean(run.best_scores)
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state, run.best)
+        same = [
+            jnp.all(new == old)
+            for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(run.state), strict=True)
+        ]
+        return _Run(
+            state,
+            scores,
+            best,
+            jnp.where(better, scores, run.best_scores),
+            run.sweep + 1,
+            jnp.where(better, 0, run.idle + 1),
+            ~jnp.all(jnp.stack(same)),
+        )
+
+    def goes_on(run: _Run) -> jax.Array:
+        return (run.sweep < limits.sweeps) & (run.idle < limits.patience) & run.moved
+
+    worst = jnp.full(count, -jnp.inf)
+    run = _Run(state, scores, state, worst, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    run = jax.lax.while_loop(goes_on, sweep, run)
+    return _Found(_info(run.best, run.best_scores, run.sweep, ~run.moved), run.scores)
+
+
+def _alike(program: Program, space: Space, data: Mapping[str, jax.Array]) -> list[tuple[int, ...]]:
+    """The trees by their indices, together where all of their units are merged and as many: they share a program."""
+    groups: dict[Any, list[int]] = {}
+    for index, tree in enumerate(program.trees):
+        (root, *inner) = tree.chains
+        known = space.weights is not None or root.node in data
+        layers = math.prod(program.spec.size(name) for name in root.layers)
+        alike = not inner and _merges(tree, root) and known
+        key = (layers, program.spec.size(root.node)) if alike else index
+        groups.setdefault(key, []).append(index)
+    return [tuple(group) for group in groups.values()]
+
+
+def _visit(
+    program: Program,
+    group: tuple[int, ...],
+    space: Space,
+    data: Mapping[str, jax.Array],
+    leaves: Mapping[str, jax.Array],
+    a: Any,
+    b: Any,
+    index: jax.Array,
     state: _State,
 ) -> tuple[_State, jax.Array]:
-    """Finds one tree's clusters anew, and the mean similarity of what they bring together."""
+    """Finds the clusters of one tree of a group anew, and the mean similarity of what they bring together."""
+    if len(group) == 1:
+        return _visit_one(program, group[0], space, data, leaves, a, b, state)
+    nodes = [program.trees[i].root for i in group]
+
+    def similar(i: int, state: _State) -> jax.Array:
+        (one,) = _similar(program, i, space, data, leaves, state).values()
+        return one.astype(jnp.result_type(float))
+
+    place = jnp.argmax(jnp.array(group) == index)
+    at = jax.lax.switch(place, [functools.partial(similar, i) for i in group], state)
+    labels = _clustered(program.models, program.method, at, a, b)
+    clusters = dict(state.clusters)
+    for i, node in enumerate(nodes):
+        old = clusters[node]
+        clusters[node] = jnp.where(place == i, labels.reshape(old.shape), old)
+    return state._replace(clusters=clusters), jnp.mean(jax.vmap(_together)(at, labels))
+
+
+def _visit_one(
+    program: Program,
+    index: int,
+    space: Space,
+    data: Mapping[str, jax.Array],
+    leaves: Mapping[str, jax.Array],
+    a: Any,
+    b: Any,
+    state: _State,
+) -> tuple[_State, jax.Array]:
+    """What `_visit` does for a tree that is like no other."""
     tree = program.trees[index]
     similar = _similar(program, index, space, data, leaves, state)
     permutations = _matched(program, tree, similar)
@@ -317,17 +473,17 @@ def _visit(
         else:
             labels = jnp.broadcast_to(jnp.tile(jnp.arange(n), program.models), at.shape[:2])
         scores.append(jax.vmap(_together)(at, labels))
-    value = jnp.mean(jnp.concatenate([score.ravel() for score in scores])) if scores else 0.0
+    value: Any = jnp.mean(jnp.concatenate([s.ravel() for s in scores])) if scores else 0.0
+    value = jnp.asarray(value, jnp.result_type(float))
     if permutations is None:
-        return state._replace(clusters=clusters), jnp.asarray(value)
+        return state._replace(clusters=clusters), value
     composed = [
         compose(program.spec, old, {**identity(program.spec), **new})
         for old, new in zip(state.permutations, permutations, strict=True)
     ]
-    return _State(tuple(composed), clusters), jnp.asarray(value)
+    return _State(tuple(composed), clusters), value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _clustered(models: int, method: Method, similarity: jax.Array, a: Any, b: Any) -> jax.Array:
     def one(similarity: jax.Array) -> jax.Array:
         labels = greedy(similarity, models, a, b)
@@ -349,7 +505,7 @@ def _similar(
     index: int,
     space: Space,
     data: Mapping[str, jax.Array],
-    leaves: Sequence[Mapping[str, jax.Array]],
+    leaves: Mapping[str, jax.Array],
     state: _State,
 ) -> dict[str, jax.Array]:
     """Per node of a tree [layers, models * units, models * units]; units in the order they have by now."""
@@ -357,7 +513,7 @@ def _similar(
     found = {}
     if space.weights is not None:
         paths = {place.path for chain in tree.chains for place in chain.places}
-        near = [{path: one[path] for path in paths} for one in leaves]
+        near = {path: leaves[path] for path in paths}
         found = _by_weights(program, index, space.weights, near, state)
     for chain in tree.chains:
         if not space.data or chain.node not in data:
@@ -373,27 +529,37 @@ def _similar(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _by_weights(
     program: Program,
     index: int,
     measure: Measure,
-    leaves: Sequence[Mapping[str, jax.Array]],
+    leaves: Mapping[str, jax.Array],
     state: _State,
 ) -> dict[str, jax.Array]:
     """The similarities of one tree's units by their weights, all else as it is merged by now."""
-    near = set(leaves[0])
-    spec = replace(program.spec, leaves=tuple(one for one in program.spec.leaves if one[0] in near))
-    aligned = [
-        permute(spec, p, dict(one)) for p, one in zip(state.permutations, leaves, strict=True)
+    chains = [
+        chain
+        for chain in program.trees[index].chains
+        if any(place.role != "stat" for place in chain.places)
     ]
-    matrices = _matrices(program, state.clusters)
+    spec = _permuting(program, set(leaves))
+    near = {n for path in leaves for n in _nodes(program.spec, path)}
+    matrices = {
+        name: tuple(jnp.moveaxis(matrix, -3, 0) for matrix in merge_matrices(labels))
+        for name, labels in state.clusters.items()
+        if name in near
+    }
+    orders = jax.tree.map(lambda *each: jnp.stack(each), *state.permutations)
+
+    def of_model(leaves: Any, permutations: Permutations, matrices: Any) -> list[jax.Array]:
+        if spec.leaves:
+            leaves = permute(spec, permutations, leaves)
+        return [_features(program, chain, leaves, matrices) for chain in chains]
+
     found = {}
-    for chain in program.trees[index].chains:
-        if all(place.role == "stat" for place in chain.places):
-            continue
-        each = [_features(program, chain, one, m) for one, m in zip(aligned, matrices, strict=True)]
-        units = jnp.concatenate(each, axis=1)
+    each = jax.vmap(of_model)(dict(leaves), orders, matrices)
+    for chain, features in zip(chains, each, strict=True):
+        units = jnp.moveaxis(features, 0, 1).reshape(features.shape[1], -1, features.shape[-1])
         if measure == "correlation":
             units = units - jnp.mean(units, -1, keepdims=True)
         products = jnp.einsum("lif,ljf->lij", units, units, precision=jax.lax.Precision.HIGHEST)
@@ -402,6 +568,27 @@ def _by_weights(
             products = products / jnp.maximum(norm[:, :, None] * norm[:, None, :], CLAMP)
         found[chain.node] = products
     return found
+
+
+def _permuting(program: Program, paths: set[str]) -> PermutationSpec:
+    """The spec of those of some leaves that hold a node whose units are permuted, not only merged."""
+    permuted = {
+        chain.node
+        for tree in program.trees
+        for chain in tree.chains
+        if len(tree.chains) > 1 or not _merges(tree, chain)
+    }
+    kept = (
+        (path, binding)
+        for path, binding in program.spec.leaves
+        if path in paths and permuted & _nodes(program.spec, path)
+    )
+    return replace(program.spec, leaves=tuple(kept))
+
+
+def _nodes(spec: PermutationSpec, path: str) -> set[str]:
+    """The nodes in a leaf."""
+    return {name for _, axis in dict(spec.leaves)[path].moving() for name in axis.nodes()}
 
 
 def _features(
