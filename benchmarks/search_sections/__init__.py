@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -15,12 +16,14 @@ class Options:
       seeds: how many runs of each.
       evaluations: how many a run may take.
       seed: the first seed.
+      scratch: a folder for what is written on the way.
     """
 
     dimensions: tuple[int, ...]
     seeds: int
     evaluations: int
     seed: int
+    scratch: Path
 
 
 def peer(name: str) -> Any:
