@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxmerge.align.permuting import Permutations, check, indices
+from jaxmerge.align.permuting import Permutations, check, indices, other_axes
 from jaxmerge.align.spec import Binding, PermutationSpec
 from jaxmerge.tree import Layout, TensorLayout
 
@@ -46,35 +46,47 @@ def tensor_orders(
       >>> [index if index is None else index.tolist() for index in orders["fc1.weight"]]
       [[2, 0, 1], None]
     """
+    check_apart(spec, layout, shapes)
     checked = check(spec, permutations)
     orders = {}
     for path, binding in spec.leaves:
         (name,) = layout.of(path).names
-        order = _of_leaf(spec, path, binding, checked, layout.of(path), tuple(shapes[path]))
+        order = _of_leaf(spec, binding, checked, layout.of(path), tuple(shapes[path]))
         if any(index is not None for index in order):
             orders[name] = order
     return orders
 
 
+def check_apart(spec: PermutationSpec, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Checks that what moves along one axis of a checkpoint's tensor does so at every place along the others.
+
+    Raises:
+      ValueError: it does not.
+    """
+    for path, binding in spec.leaves:
+        holder = _holders(layout.of(path), tuple(shapes[path]))
+        for axis, _ in binding.moving():
+            above = other_axes(spec, binding, axis)
+            if holder[axis] is None or any(holder[other] != holder[axis] for other in above):
+                raise ValueError(
+                    f"{path!r}: the order along one axis of {layout.of(path).names[0]!r} depends on "
+                    "another axis"
+                )
+
+
 def _of_leaf(
     spec: PermutationSpec,
-    path: str,
     binding: Binding,
     permutations: Permutations,
     layout: TensorLayout,
     shape: tuple[int, ...],
 ) -> Order:
     stored = layout.checkpoint_shape(shape)
-    turned = tuple(range(len(shape))) if layout.axes is None else layout.axes
-    own = _holders(tuple(shape[axis] for axis in turned), stored)
-    holder = {axis: own[place] for place, axis in enumerate(turned)}
+    turned = _turned(layout, shape)
+    holder = _holders(layout, shape)
     sources: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
     for axis, _ in binding.moving():
         index, above = indices(spec, binding, permutations, axis)
-        if holder[axis] is None or any(holder[other] != holder[axis] for other in above):
-            raise ValueError(
-                f"{path!r}: the order along one axis of {layout.names[0]!r} depends on another axis"
-            )
         sources[axis] = np.asarray(index), above
     order: list[np.ndarray | None] = []
     for place, size in enumerate(stored):
@@ -92,14 +104,21 @@ def _of_leaf(
     return tuple(order)
 
 
-def _holders(shape: Sequence[int], stored: Sequence[int]) -> list[int | None]:
-    """For each axis of a shape the axis of its reshape that it lies within; None where it is spread over several."""
+def _turned(layout: TensorLayout, shape: Sequence[int]) -> tuple[int, ...]:
+    """The leaf's axes in the tensor's order."""
+    return tuple(range(len(shape))) if layout.axes is None else layout.axes
+
+
+def _holders(layout: TensorLayout, shape: tuple[int, ...]) -> dict[int, int | None]:
+    """For each axis of a leaf the axis of its tensor that it lies within; None where it is spread over several."""
+    turned, stored = _turned(layout, shape), layout.checkpoint_shape(shape)
+    lengths = [shape[axis] for axis in turned]
     spans = [_span(stored, place) for place in range(len(stored))]
-    found: list[int | None] = []
-    for axis in range(len(shape)):
-        inner, outer = _span(shape, axis)
+    found: dict[int, int | None] = {}
+    for place, axis in enumerate(turned):
+        inner, outer = _span(lengths, place)
         within = (i for i, (low, high) in enumerate(spans) if low <= inner and outer <= high)
-        found.append(next(within, None))
+        found[axis] = next(within, None)
     return found
 
 

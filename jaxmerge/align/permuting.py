@@ -154,7 +154,7 @@ def indices(
     """
     found = binding.axes[axis]
     assert found is not None
-    above = _other_axes(spec, binding, axis)
+    above = other_axes(spec, binding, axis)
     where = _coordinates_on(spec, binding, above)
     columns, start = [], 0
     for segment in found.segments:
@@ -190,7 +190,7 @@ def visiting_order(spec: PermutationSpec, binding: Binding) -> list[int]:
     left = [i for i, _ in binding.moving()]
     order: list[int] = []
     while left:
-        ready = [i for i in left if all(j in order for j in _other_axes(spec, binding, i))]
+        ready = [i for i in left if all(j in order for j in other_axes(spec, binding, i))]
         order += ready[:1]
         left.remove(ready[0])
     return order
@@ -218,7 +218,7 @@ def _axis(binding: Binding, axis: int) -> Axis:
     return found
 
 
-def _other_axes(spec: PermutationSpec, binding: Binding, axis: int) -> tuple[int, ...]:
+def other_axes(spec: PermutationSpec, binding: Binding, axis: int) -> tuple[int, ...]:
     """The axes of the leaf that hold parents of this axis's nodes, where the axis itself does not."""
     mine = _axis(binding, axis)
     outside = {

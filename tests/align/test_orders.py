@@ -16,18 +16,14 @@ from jaxmerge.models.decoder import LayerKind
 from jaxmerge.models.inverted_residual import Block
 from jaxmerge.tree import Layout, TensorLayout, flatten
 
-VISION = models.ViTConfig((8, 8), (4, 4), 16, 1, 4, 20)
 # Every layout of axes that tables use, fused projections, flattened maps, heads on axes of their own.
 CONFIGS: dict[str, Any] = {
     "mlp_fc": models.MLPConfig((6, 8, 9, 3)),
     "vgg": models.VGGConfig(((4,), (8,)), (6,), pool=2),
     "resnet": models.ResNetConfig((1, 2), (8, 16)),
-    "resnet_cifar": models.ResNetConfig((1, 1), (8, 16), norm="group", groups=4),
     "mobilenet_v2": models.InvertedResidualConfig(4, (Block(8, 4, 1, 3),), 10, 3),
     "cct": models.CCTConfig((8, 8), (16,), layers=1, heads=2, hidden=20, classes=3),
-    "vit": VISION,
     "vit_timm": models.ViTConfig((8, 8), (4, 4), 16, 1, 4, 20, fused_qkv=True),
-    "bert": models.BertConfig(11, 16, 1, 4, 20, 32),
     "gpt2": models.GPT2Config(11, 16, 16, 1, 4, 20),
     "t5": models.T5Config(11, 16, 4, 20, 1, 1, 4),
     "qwen3": models.DecoderConfig(

@@ -65,6 +65,16 @@ def test_json_is_the_record(models: Path, call: Any) -> None:
     assert json.loads(result.stdout) == json.loads(Path("out/alignment.json").read_text())
 
 
+def test_the_plan_of_a_recipe_says_what_is_aligned(models: Path, call: Any) -> None:
+    recipe = (
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0.5}\nalign:"
+    )
+    Path("recipe.yaml").write_text(recipe)
+    result = call("plan", "recipe.yaml")
+    assert result.exit_code == 0, result.output
+    assert "Aligns first: b to a by weights; 14 units of mlp_fc may move" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
