@@ -5,7 +5,10 @@ a run comes to its end; then the output is compared and the case begins anew, un
 After each kill what stands under the output's name is looked at: it must be what stood there before, or the whole
 result, or nothing that loads.
 
-    python benchmarks/faults.py [--kills 60] [--seed 0] [--megabytes 8] [--json OUT]
+With --search it is searches that are killed, between generations and while their state is written; the result is
+compared bit for bit with that of an undisturbed search.
+
+    python benchmarks/faults.py [--kills 60] [--seed 0] [--megabytes 8] [--search] [--json OUT]
 """
 
 import argparse
@@ -250,18 +253,148 @@ def attack(
         shutil.rmtree(out.parent)
 
 
+SEARCHES = ("SNES", "catcma", "differential_evolution")
+GENERATIONS, EVERY = 60, 3
+
+
+def search(folder: str, strategy: str, out: str) -> None:
+    """A search of a space of all kinds of variables, in a process of its own; its result goes to a file."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmerge.search import binary, categorical, continuous, evolve, space, when
+
+    made = space(
+        {
+            "x": continuous(-1.0, 3.0, shape=(6,)),
+            "on": binary(shape=(6,)),
+            "kind": categorical(["a", "b", "c"]),
+            "y": continuous(0.0, 1.0, shape=(6,), when=when("on")),
+        }
+    )
+
+    def objective(point: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        loss = jnp.sum((point["x"] - 1.5) ** 2) + jnp.sum((point["y"] - point["on"]) ** 2)
+        return loss + point["kind"] + 0.1 * jax.random.normal(key)
+
+    result = evolve(
+        objective,
+        made,
+        strategy=strategy,
+        population=12,
+        generations=GENERATIONS,
+        every=EVERY,
+        reevaluate=2,
+        key=jax.random.key(0),
+        checkpoint=folder,
+    )
+    arrays = {"genome": result.genome, **result.history}
+    with open(out + ".partial", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(out + ".partial", out)
+
+
+def generations_done(folder: Path) -> int:
+    """The generation of the latest checkpoint."""
+    names = (path.name for path in folder.glob("generation_*"))
+    digits = (name.removeprefix("generation_") for name in names)
+    return max((int(one) for one in digits if one.isdecimal()), default=0)
+
+
+def attack_searches(
+    folder: Path, kills: int, rng: random.Random, spawn: Callable[..., BaseProcess]
+) -> Table:
+    """Kills searches until each has had its share; compares what they end with."""
+    table = Table(
+        "SIGKILL at random moments of a search",
+        {
+            "strategy": "",
+            "kills": "d",
+            "while writing": "d",
+            "results": "d",
+            "seconds": ".1f",
+            VERDICT: "",
+        },
+        [
+            f"{GENERATIONS} generations, a checkpoint every {EVERY}. while writing: kills that left a checkpoint half",
+            "written. The limit: every result is that of an undisturbed search, bit for bit.",
+        ],
+    )
+    table.start()
+    for number, strategy in enumerate(SEARCHES):
+        began = time.monotonic()
+        share, results, writing, wrong = (kills + number) // len(SEARCHES), 0, 0, ""
+
+        def started(place: Path, strategy: str = strategy) -> BaseProcess:
+            arguments = (str(place), strategy, f"{place}.npz")
+            process = spawn(target=search, args=arguments)
+            process.start()
+            return process
+
+        whole = folder / f"{strategy}-whole"
+        started(whole).join()
+        expected = Path(f"{whole}.npz").read_bytes()
+        left = share
+        while left > 0:
+            results += 1
+            place = folder / f"{strategy}-{results}"
+            ended = False
+            while not ended:
+                # From where it has got to, so that every part of a search has its kills.
+                done = generations_done(place)
+                until = (
+                    rng.randint(min(done, GENERATIONS - EVERY), GENERATIONS)
+                    if left > 0
+                    else GENERATIONS + 1
+                )
+                process = started(place)
+                while process.is_alive() and generations_done(place) < until:
+                    time.sleep(0.0005)
+                if left > 0:
+                    time.sleep(rng.uniform(0, 0.03))
+                    if process.is_alive() and process.pid is not None:
+                        os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                if process.exitcode not in (0, -signal.SIGKILL):
+                    raise SystemExit(f"the search failed with exit code {process.exitcode}")
+                ended = process.exitcode == 0
+                if not ended:
+                    left -= 1
+                    writing += any("tmp" in path.name for path in place.glob("*"))
+            if Path(f"{place}.npz").read_bytes() != expected:
+                wrong = "another result than undisturbed"
+        table.add(
+            strategy=strategy,
+            kills=share,
+            results=results,
+            seconds=time.monotonic() - began,
+            **{"while writing": writing, VERDICT: f"no: {wrong}" if wrong else "yes"},
+        )
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=8, help="of one model")
+    parser.add_argument("--search", action="store_true", help="kill searches rather than merges")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     # A process that has imported everything and computed nothing is forked for each run.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jaxmerge.recipes", "jaxmerge.recipes.run"])
+    context.set_forkserver_preload(
+        ["jaxmerge.search"] if arguments.search else ["jaxmerge.recipes", "jaxmerge.recipes.run"]
+    )
     report = Report("faults", __doc__.splitlines()[0], describe(), arguments.seed)
     print(f"{headline(report.machine)}; seed {arguments.seed}")
+    if arguments.search:
+        with tempfile.TemporaryDirectory() as name:
+            rng = random.Random(arguments.seed)
+            report.tables.append(attack_searches(Path(name), arguments.kills, rng, context.Process))
+        print("\n".join(report.missed()) or "Every result is right.")
+        report.write(arguments.json)
+        return
     table = Table(
         f"SIGKILL at random moments; models of {arguments.megabytes:g} MB",
         {

@@ -1,5 +1,6 @@
 """Search: mixed-variable strategies and Pareto fronts beside public packages, AutoMerge, data flow.
 
+throughput   candidates per second: a Python loop, cycles that write and load every candidate, population sizes
 strategies   evaluations to the target, beside plain CMA-ES and the package cmaes
 pareto       hypervolume of NSGA-II beside pymoo at equal evaluations
 automerge    per block against single techniques and the whole model, on images and driving
@@ -7,14 +8,16 @@ dataflow     layers of decoders trained on two domains: two by two optimisers, p
 smollm2      data flow through SmolLM2-135M-Instruct, and the recipe that it gives
 
     python benchmarks/search.py [--sections strategies ...] [--dimensions N ...] [--seeds N] [--evaluations N]
-        [--seed N] [--scratch FOLDER] [--json OUT]
+        [--seed N] [--mergekit FILE] [--scratch FOLDER] [--json OUT]
 
-The peers are packages that nothing else needs: `pip install cmaes pymoo`. A run of `dataflow` that was cut short
-goes on from what stands in --scratch. The last lines say what missed its limit; the exit status does not.
+The peers are packages that nothing else needs: `pip install cmaes pymoo`, and for `throughput` PyTorch, transformers
+and mergekit's executable `mergekit-yaml`, named by --mergekit or by MERGEKIT_YAML. A run of `dataflow` that was cut
+short goes on from what stands in --scratch. The last lines say what missed its limit; the exit status does not.
 """
 
 import argparse
 import importlib
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +25,7 @@ from pathlib import Path
 from machine import describe, headline
 from report import Report
 
-SECTIONS = ("strategies", "pareto", "automerge", "dataflow", "smollm2")
+SECTIONS = ("throughput", "strategies", "pareto", "automerge", "dataflow", "smollm2")
 
 
 def main() -> None:
@@ -34,10 +37,15 @@ def main() -> None:
     evaluations = 12_000
     parser.add_argument("--evaluations", type=int, default=evaluations, help="at most, of a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT_YAML"))
     parser.add_argument("--scratch", type=Path, help="for what sections write on their way")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
+    if "throughput" in arguments.sections:
+        # A device for each core, over which a population may be spread; before JAX is imported.
+        devices = f"--xla_force_host_platform_device_count={os.cpu_count()}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
     from search_sections import Options
 
     report = Report("search", __doc__.splitlines()[0], describe(), arguments.seed)

@@ -17,6 +17,7 @@ class Options:
       evaluations: how many a run may take.
       seed: the first seed.
       scratch: a folder for what is written on the way.
+      mergekit: the executable `mergekit-yaml`, beside its Python; None without.
     """
 
     dimensions: tuple[int, ...]
@@ -24,6 +25,7 @@ class Options:
     evaluations: int
     seed: int
     scratch: Path
+    mergekit: str | None
 
 
 def peer(name: str) -> Any:

@@ -44,8 +44,9 @@ def test_chunks_fill_the_memory_that_is_free() -> None:
     assert plan_chunk(1024, 10**8, 10**10, "gpu") == 60
     assert plan_chunk(16, 10**8, 10**10, "gpu") == 16
     assert plan_chunk(1024, 10**9, 10**9, "gpu") == 1
-    # A CPU's caches are smaller than its memory.
-    assert plan_chunk(1024, 2**20, 10**10, "cpu") == 32
+    # A CPU batches only what is small.
+    assert plan_chunk(1024, 2**20, 10**10, "cpu") == 1
+    assert plan_chunk(1024, 2**10, 10**10, "cpu") == 256
 
 
 def test_one_candidate_too_large_is_refused() -> None:
