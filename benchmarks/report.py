@@ -24,12 +24,14 @@ class Table:
       columns: the columns' names, with the format of their numbers ("" for text).
       notes: what a reader must know: what is compared, units, limits.
       rows: the cells in the order of the columns.
+      pictures: files that show it, from the folder of RESULTS.md.
     """
 
     title: str
     columns: dict[str, str]
     notes: list[str] = field(default_factory=list)
     rows: list[list[Cell]] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         """Prints everything but the rows."""
@@ -95,7 +97,7 @@ def read(path: Path) -> Report:
     return Report(**{**fields, "tables": [Table(**table) for table in fields["tables"]]})
 
 
-PLACES = ("--json", "--data", "--scratch", "--mergekit", "--plot", "--reference")
+PLACES = ("--json", "--data", "--scratch", "--mergekit", "--plot", "--plots", "--cache", "--reference")
 """Options that say where files lie, which is nobody else's business."""
 
 

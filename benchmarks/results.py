@@ -35,6 +35,7 @@ def render(reports: list[Report]) -> str:
             parts.append(f"{headline(report.machine)}; seed {report.seed}.")
             for table in report.tables:
                 parts += [f"**{table.title}.**", *_notes(table), _markdown(table)]
+                parts += [f"![{table.title}]({picture})" for picture in table.pictures]
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,11 +20,12 @@ from jaxmerge.align.similarity import (
     activation_similarity,
     compared,
     given_rows,
+    raw_rows,
 )
 from jaxmerge.align.spaces import Space, dual_space
 from jaxmerge.align.spec import PermutationSpec
 from jaxmerge.align.trees import Chain, Tree, trees
-from jaxmerge.align.units import rows
+from jaxmerge.align.units import Turned, turned
 from jaxmerge.tree import flatten, nearest
 
 
@@ -109,7 +110,8 @@ def match(
         spec, a, b, space, x, apply_fn, similarities, start, order, key, sweeps
     )
     settings = _Settings(sweeps, patience, solver)
-    found, info = _descend(problem.static, settings, space, problem.arrays, visits, first)
+    result = _descend(problem.static, settings, _alone(space), problem.arrays, visits, first)
+    found, info = jax.tree.map(lambda leaf: leaf[0], result)
     _check_finite(info)
     return found, info
 
@@ -153,13 +155,12 @@ def match_path(
     Reference:
       Xu et al., Training-Free Pretrained Model Merging, CVPR 2024.
     """
-    space = dual_space(0.5)
+    spaces = dual_space(jnp.atleast_1d(jnp.asarray(alphas)))
     problem, visits, first = _prepared(
-        spec, a, b, space, x, apply_fn, similarities, None, order, key, sweeps
+        spec, a, b, spaces, x, apply_fn, similarities, None, order, key, sweeps
     )
     settings = _Settings(sweeps, patience, solver)
-    shares = jnp.asarray(alphas, jnp.float32)
-    found, info = _descend_along(problem.static, settings, shares, problem.arrays, visits, first)
+    found, info = _descend(problem.static, settings, spaces, problem.arrays, visits, first)
     _check_finite(info)
     return found, info
 
@@ -217,12 +218,12 @@ def match_restarts(
         first = {name: p.at[0].set(still[name]) for name, p in first.items()}
 
     def one(visits: jax.Array, first: Permutations | None) -> tuple[Permutations, MatchInfo]:
-        return _descend(problem.static, settings, space, problem.arrays, visits, first)
+        return _descend(problem.static, settings, _alone(space), problem.arrays, visits, first)
 
     found, info = jax.vmap(one)(visits, first)
     _check_finite(info)
-    best = jnp.argmax(info.score)
-    return jax.tree.map(lambda leaf: leaf[best], (found, info))
+    best = jnp.argmax(info.score[:, 0])
+    return jax.tree.map(lambda leaf: leaf[best, 0], (found, info))
 
 
 class _Settings(NamedTuple):
@@ -424,68 +425,62 @@ class _Run(NamedTuple):
 def _descend(
     static: _Static,
     settings: _Settings,
-    space: Space,
+    spaces: Space,
     arrays: _Arrays,
     visits: jax.Array,
     first: Permutations | None,
 ) -> tuple[Permutations, MatchInfo]:
-    return _matched(static, settings, space, _known(static, space, arrays), arrays, visits, first)
+    """Descends in one space after the other, each from what the one before it found.
 
+    Args:
+      spaces: with a leading axis.
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _descend_along(
-    static: _Static,
-    settings: _Settings,
-    alphas: jax.Array,
-    arrays: _Arrays,
-    visits: jax.Array,
-    first: Permutations | None,
-) -> tuple[Permutations, MatchInfo]:
+    Returns:
+      Permutations and how it went, with a leading axis.
+    """
+    known = _known(static, spaces, arrays)
+    start = _start(static, settings, spaces, known, arrays, first)
 
-    known = _known(static, dual_space(0.5), arrays)
-    start = _start(static, settings, dual_space(0.5), known, arrays, first)
-
-    def step(state: _State, alpha: jax.Array) -> tuple[_State, Any]:
-        # What the weights say of the present permutations does not depend on alpha.
-        state = state._replace(due=jnp.ones_like(state.due))
-        state, info = _swept(static, settings, dual_space(alpha), known, arrays, visits, state)
+    def step(state: _State, space: Space) -> tuple[_State, Any]:
+        if space.weights is None:
+            info = _info(static, state.scores, jnp.int32(1), jnp.bool_(True))
+        else:
+            # What the weights say of the present permutations does not depend on alpha.
+            state = state._replace(due=jnp.ones_like(state.due))
+            state, info = _swept(static, settings, space, known, arrays, visits, state)
         return state, (state.permutations, info)
 
-    return jax.lax.scan(step, start, alphas)[1]
+    return jax.lax.scan(step, start, spaces)[1]
 
 
-Known = dict[str, tuple[Rows, Rows]]
+def _alone(space: Space) -> Space:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], space)
+
+
+class _Known(NamedTuple):
+    """What no permutation changes of a node: rows of `a`, the weights of `b` and their norms."""
+
+    a: Rows
+    b: Turned
+    norm: jax.Array
+
+
+Known = dict[str, _Known]
 
 
 def _known(static: _Static, space: Space, arrays: _Arrays) -> Known:
-    """Both models' rows of weights as they are: what no permutation changes."""
-    if space.weights is None:
-        return {}
-    return {
-        chain.node: (
-            given_rows(static.spec, chain, arrays.leaves_a, None, space.weights),
-            given_rows(static.spec, chain, arrays.leaves_b, None, space.weights),
-        )
-        for tree in static.trees
-        for chain in tree.chains
-        if any(place.role != "stat" for place in chain.places)
-    }
-
-
-def _matched(
-    static: _Static,
-    settings: _Settings,
-    space: Space,
-    known: Known,
-    arrays: _Arrays,
-    visits: jax.Array,
-    first: Permutations | None,
-) -> tuple[Permutations, MatchInfo]:
-    state = _start(static, settings, space, known, arrays, first)
-    if space.weights is None:
-        return state.permutations, _info(static, state.scores, jnp.int32(1), jnp.bool_(True))
-    state, info = _swept(static, settings, space, known, arrays, visits, state)
-    return state.permutations, info
+    found: Known = {}
+    for tree in static.trees:
+        for chain in tree.chains:
+            if space.weights is None or all(place.role == "stat" for place in chain.places):
+                continue
+            of_a, of_b = turned(chain, arrays.leaves_a), turned(chain, arrays.leaves_b)
+            found[chain.node] = _Known(
+                given_rows(static.spec, chain, of_a, None, space.weights),
+                of_b,
+                given_rows(static.spec, chain, of_b, None, space.weights).norm,
+            )
+    return found
 
 
 def _start(
@@ -543,7 +538,7 @@ def _visit(
 
     def fresh(state: _State) -> Similarities:
         found = {
-            chain.node: _weights(static.spec, chain, known, arrays, state.permutations)
+            chain.node: _weights(static.spec, chain, known[chain.node], state.permutations)
             for chain in tree.chains
             if chain.node in known
         }
@@ -653,20 +648,10 @@ def match_tree(
 
 
 def _weights(
-    spec: PermutationSpec,
-    chain: Chain,
-    known: Known,
-    arrays: _Arrays,
-    permutations: Permutations,
+    spec: PermutationSpec, chain: Chain, known: _Known, permutations: Permutations
 ) -> jax.Array:
     """[layers, units, units], the similarity of one node's weights."""
-    of_a, of_b = known[chain.node]
-    layers = _sizes(spec, chain)[0]
-    parts = [
-        part.reshape(layers, -1, part.shape[-1])
-        for part in rows(spec, chain, arrays.leaves_b, permutations)
-    ]
-    return compared(of_a, Rows(parts, of_b.mean, of_b.norm, of_b.features))
+    return compared(known.a, Rows(raw_rows(spec, chain, known.b, permutations), known.norm))
 
 
 def _blended(

@@ -168,7 +168,7 @@ def indices(
 def gather(leaf: jax.Array, index: jax.Array, axis: int, above: tuple[int, ...]) -> jax.Array:
     """Takes the entries along an axis by indices that may depend on other axes."""
     if not above:
-        return jnp.take(leaf, index, axis=axis)
+        return jnp.take(leaf, index, axis=axis, mode="clip")
     order = [*above, axis]
     placed = jnp.transpose(index, sorted(range(len(order)), key=order.__getitem__))
     shape = [leaf.shape[i] if i in order else 1 for i in range(leaf.ndim)]

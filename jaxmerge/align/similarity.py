@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Measure
 from jaxmerge.align.spec import PermutationSpec
 from jaxmerge.align.trees import Chain, trees
-from jaxmerge.align.units import rows
+from jaxmerge.align.units import Turned, rows, turned
 from jaxmerge.tree import flatten
 
 Similarities = dict[str, jax.Array]
@@ -60,8 +60,9 @@ def weight_similarity(
     for tree in trees(spec):
         for chain in tree.chains:
             if any(place.role != "stat" for place in chain.places):
-                of_a = given_rows(spec, chain, leaves_a, None, measure)
-                whole = compared(of_a, given_rows(spec, chain, leaves_b, found, measure))
+                of_a = given_rows(spec, chain, turned(chain, leaves_a), None, measure)
+                of_b = given_rows(spec, chain, turned(chain, leaves_b), found, measure)
+                whole = compared(of_a, of_b)
                 similar[chain.node] = whole if chain.layers else whole[0]
     return similar
 
@@ -121,56 +122,62 @@ def _batch_moments(
     return {name: moments(of_a[name], of_b[name]) for name in of_a}
 
 
-class Rows:
+class Rows(NamedTuple):
     """A node's rows of weights, place by place, with what makes their products correlations.
 
     Attributes:
-      parts: per place [layers, units, features].
-      mean: [layers, units], the mean over all features, 0 for inner products.
-      norm: [layers, units], the norm of the deviations from it, 1 for inner products.
-      features: how many there are in all.
+      parts: per place [layers, features, units], less the unit's mean over all features where correlations are meant.
+      norm: [layers, units], their norm; 1 for inner products.
     """
 
-    def __init__(
-        self, parts: list[jax.Array], mean: jax.Array, norm: jax.Array, features: int
-    ) -> None:
-        self.parts, self.mean, self.norm, self.features = parts, mean, norm, features
+    parts: list[jax.Array]
+    norm: jax.Array
 
 
 def given_rows(
     spec: PermutationSpec,
     chain: Chain,
-    leaves: Mapping[str, Any],
+    leaves: Turned,
     permutations: Permutations | None,
     measure: Measure,
 ) -> Rows:
-    """The rows of one model's units."""
-    layers = int(np.prod([spec.size(name) for name in chain.layers], dtype=np.int64))
-    parts = [
-        part.reshape(layers, -1, part.shape[-1]) for part in rows(spec, chain, leaves, permutations)
-    ]
-    features = sum(part.shape[-1] for part in parts)
+    """The rows of one model's units; `leaves` is what `turned` gives."""
+    return standard(raw_rows(spec, chain, leaves, permutations), measure)
+
+
+def raw_rows(
+    spec: PermutationSpec, chain: Chain, leaves: Turned, permutations: Permutations | None
+) -> list[jax.Array]:
+    """Per place [layers, features, units], the weights as they are."""
+    layers = len(chain.layers)
+    found = []
+    for part in rows(spec, chain, leaves, permutations):
+        count = int(np.prod(part.shape[:layers], dtype=np.int64))
+        found.append(part.reshape(count, part.shape[layers], -1))
+    return found
+
+
+def standard(parts: Sequence[jax.Array], measure: Measure) -> Rows:
+    """Rows of weights [layers, features, units] as they are compared."""
     if measure == "product":
-        shape = parts[0].shape[:2]
-        return Rows(parts, jnp.zeros(shape), jnp.ones(shape), features)
-    mean = functools.reduce(jnp.add, (jnp.sum(part, -1) for part in parts)) / features
-    squares = (jnp.sum((part - mean[..., None]) ** 2, -1) for part in parts)
-    return Rows(parts, mean, jnp.sqrt(functools.reduce(jnp.add, squares)), features)
+        return Rows(list(parts), jnp.ones((len(parts[0]), parts[0].shape[-1])))
+    features = sum(part.shape[1] for part in parts)
+    mean = functools.reduce(jnp.add, (jnp.sum(part, 1) for part in parts)) / features
+    centred = [part - mean[:, None] for part in parts]
+    squares = functools.reduce(jnp.add, (jnp.sum(part**2, 1) for part in centred))
+    return Rows(centred, jnp.sqrt(squares))
 
 
 def compared(a: Rows, b: Rows) -> jax.Array:
-    """[layers, units of a, units of b]: correlations, or inner products."""
+    """[layers, units of a, units of b]: correlations, or inner products.
+
+    The means of `b` need not be taken off: the features of `a` sum to 0 where they count.
+    """
     products = functools.reduce(
         jnp.add,
         (
-            jnp.einsum(
-                "...if,...jf->...ij",
-                one - a.mean[..., None],
-                other - b.mean[..., None],
-                precision=jax.lax.Precision.HIGHEST,
-            )
+            jnp.einsum("lfi,lfj->lij", one, other, precision=jax.lax.Precision.HIGHEST)
             for one, other in zip(a.parts, b.parts, strict=True)
         ),
     )
-    norms = a.norm[..., :, None] * b.norm[..., None, :]
-    return products / jnp.maximum(norms, CLAMP)
+    return products / jnp.maximum(a.norm[:, :, None] * b.norm[:, None, :], CLAMP)

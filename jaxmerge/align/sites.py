@@ -151,11 +151,11 @@ def _site(
             segments = [] if label is None else flat(label)
             mine = [a for segment in segments for a in segment if a in atoms]
             if not mine:
-                if any(not a.fixed for segment in segments for b in segment for a in proper(b)):
+                if any(_moves(a) for segment in segments for b in segment for a in proper(b)):
                     break
                 sizes.append(size)
                 continue
-            if len(segments) > 1 or any(a not in mine and not a.fixed for a in segments[0]):
+            if len(segments) > 1 or any(a not in mine and _moves(a) for a in segments[0]):
                 break
             for atom in segments[0]:
                 if atom in atoms:
@@ -166,6 +166,11 @@ def _site(
                 units = tuple(where[atom] for atom in atoms)
                 return Site(position, operand, tuple(sizes), units, len(shape))
     return None
+
+
+def _moves(atom: Atom) -> bool:
+    """Whether models may differ along an atom: not where there is one index (a class token before the others)."""
+    return not atom.fixed and atom.size > 1
 
 
 def _averages(eqn: JaxprEqn, operand: Traced, wanted: Sequence[tuple[Atom, ...]]) -> bool:

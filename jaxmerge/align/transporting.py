@@ -15,12 +15,12 @@ from jax.typing import ArrayLike
 from jaxmerge.align.assignment import sinkhorn
 from jaxmerge.align.capturing import activations
 from jaxmerge.align.moments import correlation, moments
-from jaxmerge.align.similarity import Rows, compared
+from jaxmerge.align.similarity import compared, given_rows
 from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Space
 from jaxmerge.align.spec import Axis, Binding, PermutationSpec, Segment
 from jaxmerge.align.trees import Chain, Place, Tree, trees
-from jaxmerge.align.units import rows
+from jaxmerge.align.units import turned
 from jaxmerge.tree import flatten, unflatten
 
 Plans = dict[str, jax.Array]
@@ -224,23 +224,14 @@ def _similarity(
             nodes=tuple(replace(n, size=sizes.get(n.name, n.size)) for n in of_a.nodes),
         )
         partly = replace(chain, places=places)
-        parts = [
-            [part.reshape(-1, part.shape[-1]) for part in rows(one, partly, leaves)]
+        each = (
+            given_rows(one, partly, turned(partly, leaves), None, space.weights)
             for one, leaves in ((of_a, leaves_a), (mixed, moved))
-        ]
-        total = total + share * compared(*(_standard(p, space.weights) for p in parts))
+        )
+        total = total + share * compared(*each)[0]
     if space.data and chain.node in seen:
         total = total + (1 - share) * seen[chain.node]
     return total
-
-
-def _standard(parts: list[jax.Array], measure: str) -> Rows:
-    whole = jnp.concatenate(parts, axis=-1)
-    mean = jnp.mean(whole, -1) if measure == "correlation" else jnp.zeros(whole.shape[:1])
-    norm = jnp.linalg.norm(whole - jnp.broadcast_to(mean[:, None], whole.shape), axis=-1)
-    return Rows(
-        [whole], mean, norm if measure == "correlation" else jnp.ones_like(norm), whole.shape[-1]
-    )
 
 
 def _plans(

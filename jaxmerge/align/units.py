@@ -22,10 +22,29 @@ from jaxmerge.align.spec import Axis, PermutationSpec
 from jaxmerge.align.trees import Chain, Place
 
 
+Turned = dict[tuple[str, int], jax.Array]
+"""Per leaf and axis the leaf with this axis last, float32 or wider."""
+
+
+def turned(chain: Chain, leaves: Mapping[str, Any]) -> Turned:
+    """The leaves that speak of a node, its units last: what `rows` gathers is then contiguous.
+
+    Args:
+      chain: the node.
+      leaves: the parameters by path.
+    """
+    found = {}
+    for place in _speaking(chain):
+        leaf = jnp.asarray(leaves[place.path])
+        leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        found[place.path, place.axis] = jnp.moveaxis(leaf, place.axis, -1)
+    return found
+
+
 def rows(
     spec: PermutationSpec,
     chain: Chain,
-    leaves: Mapping[str, Any],
+    leaves: Turned,
     permutations: Permutations | None = None,
 ) -> Iterator[jax.Array]:
     """The weights that speak of a node's units, one array per place where it stands.
@@ -36,20 +55,17 @@ def rows(
     Args:
       spec: with sizes.
       chain: the node.
-      leaves: the parameters by path.
+      leaves: what `turned` gives.
       permutations: of all free nodes; None for the model's own order.
 
     Yields:
-      [layers..., outer..., units, features], float32 or wider. Running statistics are left out.
+      [layers..., features, outer..., units]. Running statistics are left out.
     """
     order = (*chain.layers, *chain.outer, chain.node)
     at_rest = None if permutations is None else _around(spec, chain, permutations)
     bound = dict(spec.leaves)
-    for place in chain.places:
-        if place.role == "stat":
-            continue
-        leaf = jnp.asarray(leaves[place.path])
-        leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    for place in _speaking(chain):
+        leaf = leaves[place.path, place.axis]
         binding = bound[place.path]
         if permutations is not None and at_rest is not None:
             for axis in visiting_order(spec, binding):
@@ -59,8 +75,21 @@ def rows(
                     continue
                 current = {**at_rest, chain.node: permutations[chain.node]} if again else at_rest
                 index, above = indices(spec, binding, current, axis)
-                leaf = gather(leaf, index, axis, above)
-        yield _unit_rows(spec, place, binding.axes, leaf, order)
+                at = [_turned_axis(place, binding, i) for i in (axis, *above)]
+                leaf = gather(leaf, index, at[0], tuple(at[1:]))
+        axes = [axis for i, axis in enumerate(binding.axes) if i != place.axis]
+        yield _unit_rows(spec, place, [*axes, binding.axes[place.axis]], leaf, order, len(chain.layers))
+
+
+def _speaking(chain: Chain) -> list[Place]:
+    return [place for place in chain.places if place.role != "stat"]
+
+
+def _turned_axis(place: Place, binding: Binding, axis: int) -> int:
+    """Where an axis of a leaf is once the place's own is last."""
+    if axis == place.axis:
+        return len(binding.axes) - 1
+    return axis - (axis > place.axis)
 
 
 def _around(spec: PermutationSpec, chain: Chain, permutations: Permutations) -> Permutations:
@@ -99,17 +128,18 @@ def _unit_rows(
     axes: Sequence[Axis | None],
     leaf: jax.Array,
     order: tuple[str, ...],
+    count: int,
 ) -> jax.Array:
-    """[sizes of `order`..., features] of one place."""
-    own = axes[place.axis]
+    """[layers..., features, the other sizes of `order`...] of one place, whose own axis is the last of `axes`."""
+    own, last = axes[-1], len(axes) - 1
     assert own is not None
     lengths = [math.prod(spec.size(f) for f in segment) for segment in own.segments]
     start = sum(lengths[: place.segment])
-    leaf = jax.lax.slice_in_dim(leaf, start, start + lengths[place.segment], axis=place.axis)
+    leaf = jax.lax.slice_in_dim(leaf, start, start + lengths[place.segment], axis=last)
     shape: list[int] = []
     names: list[str | None] = []
     for i, axis in enumerate(axes):
-        segment = own.segments[place.segment] if i == place.axis else None
+        segment = own.segments[place.segment] if i == last else None
         if segment is None and axis is not None and len(axis.segments) == 1:
             segment = axis.segments[0]
             if chain_free(segment, order[:-1]):
@@ -120,13 +150,14 @@ def _unit_rows(
             continue
         for factor in segment:
             shape.append(spec.size(factor))
-            wanted = factor in order and (i == place.axis or factor != order[-1])
+            wanted = factor in order and (i == last or factor != order[-1])
             names.append(factor if wanted and isinstance(factor, str) else None)
     leaf = leaf.reshape(shape)
-    front = [names.index(name) for name in order]
-    rest = [i for i in range(leaf.ndim) if i not in front]
-    leaf = jnp.transpose(leaf, [*front, *rest])
-    return leaf.reshape(*leaf.shape[: len(order)], -1)
+    layers, units = ([names.index(name) for name in part] for part in (order[:count], order[count:]))
+    rest = [i for i in range(leaf.ndim) if i not in (*layers, *units)]
+    leaf = jnp.transpose(leaf, [*layers, *rest, *units])
+    sizes = [spec.size(name) for name in order]
+    return leaf.reshape(*sizes[:count], -1, *sizes[count:])
 
 
 def chain_free(segment: Sequence[str | int], parents: Sequence[str]) -> bool:

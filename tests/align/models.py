@@ -87,6 +87,42 @@ def scanned_network(params: Any, x: jax.Array) -> jax.Array:
     return jax.lax.scan(layer, x @ params["in"], params["layers"])[0] @ params["head"]
 
 
+def vision_transformer(params: Any, x: jax.Array) -> jax.Array:
+    """A ViT with four heads, fused queries, keys and values, and a class token."""
+    heads = 4
+
+    def along(vector: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(vector, x.shape)
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        x = x @ params[f"{name}.weight"].T
+        return x + along(params[f"{name}.bias"], x)
+
+    def normalise(name: str, x: jax.Array) -> jax.Array:
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
+        return x * along(params[f"{name}.weight"], x) + along(params[f"{name}.bias"], x)
+
+    kernel = params["patch_embed.proj.weight"]
+    x = jax.lax.conv_general_dilated(
+        x, kernel, kernel.shape[2:], "VALID", dimension_numbers=("NCHW", "OIHW", "NHWC")
+    )
+    x = x.reshape(len(x), -1, x.shape[-1])
+    x = x + along(params["patch_embed.proj.bias"], x)
+    token = jnp.broadcast_to(params["cls_token"], (len(x), 1, x.shape[-1]))
+    x = jnp.concatenate([token, x], 1)
+    x = x + along(params["pos_embed"], x)
+    for block in dict.fromkeys(name[:8] for name in params if name.startswith("blocks")):
+        h = linear(f"{block}.attn.qkv", normalise(f"{block}.norm1", x))
+        q, k, v = jnp.moveaxis(h.reshape(*h.shape[:2], 3, heads, -1), 2, 0)
+        weights = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(q.shape[-1])
+        h = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(weights, -1), v)
+        x = x + linear(f"{block}.attn.proj", h.reshape(x.shape))
+        h = linear(f"{block}.mlp.fc1", normalise(f"{block}.norm2", x))
+        x = x + linear(f"{block}.mlp.fc2", jax.nn.gelu(h, approximate=False))
+    return linear("head", normalise("norm", x)[:, 0])
+
+
 def draw_mlp(seed: int, widths: tuple[int, ...] = (5, 12, 12, 12, 4)) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     return {

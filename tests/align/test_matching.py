@@ -216,6 +216,18 @@ def test_what_is_missing_or_broken_is_said() -> None:
         jm.align.match(spec, a, draw_mlp(0, (5, 13, 12, 12, 4)), jm.align.weight_space())
 
 
+def test_all_units_have_activations_beside_a_class_token() -> None:
+    config = jm.models.ViTConfig((4, 4), (2, 2), 6, 1, 2, 8, num_labels=3)
+    model = jm.models.ViT(config)
+    images = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+    a, b = (model.init(jax.random.key(i), images) for i in (1, 2))
+    spec = jm.align.symmetry(model.apply, a, images)
+    found = jm.align.activation_similarity(spec, model.apply, a, b, [images])
+    heads = {parent for node in spec.free() for parent in node.parents}
+    assert heads
+    assert set(found) == {node.name for node in spec.free()} - heads
+
+
 def test_a_model_is_traced_once_for_all_activations_of_its_kind() -> None:
     calls = []
 

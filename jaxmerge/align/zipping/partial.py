@@ -14,6 +14,7 @@ from jaxmerge.align.assignment import Solver
 from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Space
 from jaxmerge.align.spec import PermutationSpec
+from jaxmerge.align.symmetry.values import Position
 from jaxmerge.align.trees import trees
 from jaxmerge.align.zipping.program import Method, ZipInfo, carried_over, zipped
 from jaxmerge.tree import flatten, nearest, unflatten
@@ -133,7 +134,12 @@ def _chosen(
         raise ValueError("a share of the depth needs the program: give x= and apply_fn=")
     batch = x[0] if isinstance(x, list) else x
     sites = find_sites(spec, apply_fn, model, *(batch if isinstance(batch, tuple) else (batch,)))
-    places = {name: found[0].position for name, found in sites.items() if found}
+    # Heads and groups are looked at where what is within them is.
+    places: dict[str, Position] = {}
+    for tree in trees(spec):
+        seen = [sites[chain.node][0].position for chain in tree.chains if sites[chain.node]]
+        if seen:
+            places[tree.root] = max(seen)
     order = sorted((name for name in sources if name in places), key=places.__getitem__)
     chosen = set(order[: math.floor(upto * len(sources) + 1e-9)])
     while any(sources[name] - chosen for name in chosen):

@@ -17,12 +17,12 @@ from jaxmerge.align.capturing import activations
 from jaxmerge.align.matching import check_alpha, match_tree, visiting_turns
 from jaxmerge.align.moments import CLAMP, Moments, combined, correlation, moments
 from jaxmerge.align.permuting import Permutations, compose, identity, indices, permute
-from jaxmerge.align.similarity import hashable
+from jaxmerge.align.similarity import hashable, raw_rows
 from jaxmerge.align.sites import find_sites
 from jaxmerge.align.spaces import Measure, Space
 from jaxmerge.align.spec import Axis, Binding, PermutationSpec
 from jaxmerge.align.trees import Chain, Tree, trees
-from jaxmerge.align.units import rows
+from jaxmerge.align.units import turned
 from jaxmerge.align.zipping.greedy import greedy, kmeans
 from jaxmerge.align.zipping.merging import merge_matrices, transformed
 from jaxmerge.tree import flatten, unflatten
@@ -599,8 +599,7 @@ def _features(
 ) -> jax.Array:
     """[layers, units, features]: all that one model's weights say of a node's units, all else as it is merged."""
     bound = dict(program.spec.leaves)
-    layers = math.prod(program.spec.size(name) for name in chain.layers)
-    parts = []
+    parts: list[jax.Array] = []
     for place in chain.places:
         if place.role == "stat":
             continue
@@ -613,9 +612,9 @@ def _features(
             program.parents(),
             own,
         )
-        for part in rows(program.spec, replace(chain, places=(place,)), {place.path: leaf}):
-            parts.append(part.reshape(layers, -1, part.shape[-1]))
-    return jnp.concatenate(parts, axis=-1)
+        alone = replace(chain, places=(place,))
+        parts += raw_rows(program.spec, alone, turned(alone, {place.path: leaf}), None)
+    return jnp.swapaxes(jnp.concatenate(parts, axis=1), 1, 2)
 
 
 def _matched(
