@@ -97,7 +97,16 @@ def read(path: Path) -> Report:
     return Report(**{**fields, "tables": [Table(**table) for table in fields["tables"]]})
 
 
-PLACES = ("--json", "--data", "--scratch", "--mergekit", "--plot", "--plots", "--cache", "--reference")
+PLACES = (
+    "--json",
+    "--data",
+    "--scratch",
+    "--mergekit",
+    "--plot",
+    "--plots",
+    "--cache",
+    "--reference",
+)
 """Options that say where files lie, which is nobody else's business."""
 
 

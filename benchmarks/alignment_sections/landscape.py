@@ -29,9 +29,7 @@ def between(network: Network, a: Any, b: Any, given: dict[str, jax.Array]) -> np
     return np.asarray(losses)
 
 
-def around(
-    network: Network, a: Any, b: Any, given: dict[str, jax.Array], seed: int
-) -> np.ndarray:
+def around(network: Network, a: Any, b: Any, given: dict[str, jax.Array], seed: int) -> np.ndarray:
     """[GRID, GRID, tasks], the losses over a plane through the mean of a and b, which is its middle.
 
     Along the columns it goes to a and b, along the rows in a random direction whose part in each leaf is as long as
@@ -44,8 +42,9 @@ def around(
         jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
     )
     aside = jax.tree.map(
-        lambda centre, end, d: centre
-        + d * jnp.linalg.norm((end - centre).ravel()) / jnp.linalg.norm(d.ravel()),
+        lambda centre, end, d: (
+            centre + d * jnp.linalg.norm((end - centre).ravel()) / jnp.linalg.norm(d.ravel())
+        ),
         mean,
         a,
         drawn,

@@ -66,7 +66,9 @@ class Merging:
         """Zipped by activations, and in dual space."""
         spaces = {ZIP: jm.align.activation_space(), DUAL_ZIP: jm.align.dual_space(0.5)}
         return {
-            name: finished(self.network, jm.align.zipit(*self._all(), space, **self._inputs())[0], self.x)
+            name: finished(
+                self.network, jm.align.zipit(*self._all(), space, **self._inputs())[0], self.x
+            )
             for name, space in spaces.items()
         }
 
@@ -111,22 +113,34 @@ class Merging:
     ) -> dict[str, tuple[float, float]]:
         """Per permutation the mean similarity of matched units, in weights and in activations.
 
-        The mean over roots of trees of nodes: what lies within others is left out.
+        The mean over sets of units of each set's mean; several sets within each head are left out.
         """
-        roots = [node.name for node in self.spec.free() if not node.parents]
+        left_out = {
+            child.name
+            for node in self.spec.nodes
+            for child in self.spec.children(node.name)
+            if len(self.spec.children(node.name)) > 1
+        }
         found = {}
         for name, p in permutations.items():
             weights = jm.align.weight_similarity(self.spec, self.a, self.b, p)
             means = []
             for similar in (weights, self._data):
                 taken = [
-                    np.mean(np.asarray(similar[root])[np.arange(self.spec.size(root)), p[root]])
-                    for root in roots
-                    if root in similar
+                    np.mean(np.asarray(one)[np.arange(len(one)), self._counted(p, node)])
+                    for node, one in similar.items()
+                    if node not in left_out
                 ]
                 means.append(float(np.mean(taken)))
             found[name] = (means[0], means[1])
         return found
+
+    def _counted(self, permutations: Mapping[str, Any], node: str) -> np.ndarray:
+        """Where each unit of a node goes, the units of all that it is within counted through."""
+        own = np.asarray(permutations[node])
+        for parent in self.spec.node(node).parents:
+            return (self._counted(permutations, parent)[:, None] * own.shape[-1] + own).ravel()
+        return own
 
     def _matched(
         self, spec: jm.align.PermutationSpec, space: jm.align.Space, data: Any
@@ -156,4 +170,6 @@ def finished(network: Network, variables: Any, x: jax.Array) -> Any:
     """With running statistics computed anew, if there are any."""
     if not network.batch_norm:
         return variables
-    return jm.align.reset_batch_norm(network.apply_train, variables, [x[:REFRESHED]])
+    return jm.align.reset_batch_norm(
+        network.apply_train, variables, [x[: REFRESHED // network.thrift]]
+    )

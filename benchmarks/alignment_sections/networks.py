@@ -42,6 +42,7 @@ class Network:
       side: of the images in pixels, 28 or 14.
       examples: how many images it is trained on.
       epochs: how often.
+      thrift: by how much fewer images it is measured on than others.
       batch_norm: whether it has running statistics.
       grouped: whether groups of channels are normalised together.
     """
@@ -51,6 +52,7 @@ class Network:
     side: int
     examples: int
     epochs: int
+    thrift: int = 1
     batch_norm: bool = False
     grouped: bool = False
 
@@ -77,8 +79,12 @@ _VIT = jm.models.ViTConfig(
 
 NETWORKS: Mapping[str, Network] = {
     "mlp": Network("MLP 784-128-128", FlatMLP(), 28, 3000, 10),
-    "resnet20-batch": Network("ResNet20, BatchNorm", _resnet20("batch"), 14, 1500, 6, True),
-    "resnet20-group": Network("ResNet20, GroupNorm", _resnet20("group"), 14, 1500, 6, grouped=True),
+    "resnet20-batch": Network(
+        "ResNet20, BatchNorm", _resnet20("batch"), 14, 1000, 6, thrift=2, batch_norm=True
+    ),
+    "resnet20-group": Network(
+        "ResNet20, GroupNorm", _resnet20("group"), 14, 1000, 6, thrift=2, grouped=True
+    ),
     "vit": Network("ViT, 3 blocks of 64", jm.models.ViT(_VIT), 28, 3000, 10),
 }
 

@@ -100,28 +100,33 @@ def _settings(network: Network) -> dict[str, Any]:
     return {
         "network": [network.label, network.side, network.examples, network.epochs],
         "training": [RATE, BATCH],
-        "images": [TESTED, VALIDATED, MATCHED, MAPPED],
+        "images": [n // network.thrift for n in (TESTED, VALIDATED, MATCHED, MAPPED)],
         "landscape": [landscape.POINTS, landscape.GRID, landscape.REACH],
     }
 
 
 def _measured(network: Network, seed: int, data: tuple[Images, Images]) -> Pair:
+    tested, validated, matched, mapped = (
+        n // network.thrift for n in (TESTED, VALIDATED, MATCHED, MAPPED)
+    )
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data[0].labels))
-    validation = _some(network, data[0], order[:VALIDATED])
-    test = _some(network, data[1], np.arange(TESTED))
+    validation = _some(network, data[0], order[:validated])
+    test = _some(network, data[1], np.arange(tested))
     classes = rng.permutation(CLASSES)
     tasks = (classes[:5], classes[5:])
     embeddings = class_embeddings(seed)
     started = time.perf_counter()
-    rest = order[VALIDATED:]
+    rest = order[validated:]
     a, b = (
-        _trained(network, jax.random.fold_in(jax.random.key(seed), i), data[0], rest, task, embeddings)
+        _trained(
+            network, jax.random.fold_in(jax.random.key(seed), i), data[0], rest, task, embeddings
+        )
         for i, task in enumerate(tasks)
     )
     jax.block_until_ready((a, b))
     trained = time.perf_counter()
-    x = jnp.asarray(_some(network, data[0], rest[:MATCHED]).images)
+    x = jnp.asarray(_some(network, data[0], rest[:matched]).images)
     merging = Merging(network, a, b, x)
     found = Pair(_settings(network))
 
@@ -156,8 +161,8 @@ def _measured(network: Network, seed: int, data: tuple[Images, Images]) -> Pair:
     found.accuracies[ALONE] = (0.0, own[0][1], own[1][2])
     found.similarity = merging.similarity(permutations)
     found.apart = apart(permutations[WEIGHT], permutations[ACTIVATION])
-    part = Images(*(array[:MAPPED] for array in test))
-    given = landscape.examples(part, tasks, embeddings, x[:MAPPED])
+    part = Images(*(array[:mapped] for array in test))
+    given = landscape.examples(part, tasks, embeddings, x[:mapped])
     for name in (AVERAGE, WEIGHT, ACTIVATION, HALF):
         aligned = merging.aligned(permutations[name])
         found.lines[name] = landscape.between(network, a, aligned, given).tolist()
@@ -177,7 +182,9 @@ def _trained(
 ) -> Any:
     mine = order[np.isin(images.labels[order], task)][: network.examples]
     if len(mine) < network.examples:
-        raise ValueError(f"{network.examples} images of {len(task)} classes were expected, found {len(mine)}")
+        raise ValueError(
+            f"{network.examples} images of {len(task)} classes were expected, found {len(mine)}"
+        )
     position = np.zeros(CLASSES, np.int32)
     position[task] = np.arange(len(task))
     part = _some(network, images, mine)

@@ -474,7 +474,7 @@ def _known(static: _Static, space: Space, arrays: _Arrays) -> Known:
         for chain in tree.chains:
             if space.weights is None or all(place.role == "stat" for place in chain.places):
                 continue
-            of_a, of_b = turned(chain, arrays.leaves_a), turned(chain, arrays.leaves_b)
+            of_a, of_b = (turned(chain, leaves) for leaves in (arrays.leaves_a, arrays.leaves_b))
             found[chain.node] = _Known(
                 given_rows(static.spec, chain, of_a, None, space.weights),
                 of_b,

@@ -21,13 +21,12 @@ from jaxmerge.align.permuting import (
 from jaxmerge.align.spec import Axis, PermutationSpec
 from jaxmerge.align.trees import Chain, Place
 
-
 Turned = dict[tuple[str, int], jax.Array]
 """Per leaf and axis the leaf with this axis last, float32 or wider."""
 
 
 def turned(chain: Chain, leaves: Mapping[str, Any]) -> Turned:
-    """The leaves that speak of a node, its units last: what `rows` gathers is then contiguous.
+    """The leaves that speak of a node, its units last: gathers then take whole stretches.
 
     Args:
       chain: the node.
@@ -67,6 +66,7 @@ def rows(
     for place in _speaking(chain):
         leaf = leaves[place.path, place.axis]
         binding = bound[place.path]
+        turn = [*(i for i in range(leaf.ndim) if i != place.axis), place.axis]
         if permutations is not None and at_rest is not None:
             for axis in visiting_order(spec, binding):
                 nodes = set(_nodes(binding.axes[axis]))
@@ -75,21 +75,13 @@ def rows(
                     continue
                 current = {**at_rest, chain.node: permutations[chain.node]} if again else at_rest
                 index, above = indices(spec, binding, current, axis)
-                at = [_turned_axis(place, binding, i) for i in (axis, *above)]
-                leaf = gather(leaf, index, at[0], tuple(at[1:]))
-        axes = [axis for i, axis in enumerate(binding.axes) if i != place.axis]
-        yield _unit_rows(spec, place, [*axes, binding.axes[place.axis]], leaf, order, len(chain.layers))
+                leaf = gather(leaf, index, turn.index(axis), tuple(map(turn.index, above)))
+        axes = [binding.axes[i] for i in turn]
+        yield _unit_rows(spec, place, axes, leaf, order, len(chain.layers))
 
 
 def _speaking(chain: Chain) -> list[Place]:
     return [place for place in chain.places if place.role != "stat"]
-
-
-def _turned_axis(place: Place, binding: Binding, axis: int) -> int:
-    """Where an axis of a leaf is once the place's own is last."""
-    if axis == place.axis:
-        return len(binding.axes) - 1
-    return axis - (axis > place.axis)
 
 
 def _around(spec: PermutationSpec, chain: Chain, permutations: Permutations) -> Permutations:
@@ -153,7 +145,9 @@ def _unit_rows(
             wanted = factor in order and (i == last or factor != order[-1])
             names.append(factor if wanted and isinstance(factor, str) else None)
     leaf = leaf.reshape(shape)
-    layers, units = ([names.index(name) for name in part] for part in (order[:count], order[count:]))
+    layers, units = (
+        [names.index(name) for name in part] for part in (order[:count], order[count:])
+    )
     rest = [i for i in range(leaf.ndim) if i not in (*layers, *units)]
     leaf = jnp.transpose(leaf, [*layers, *rest, *units])
     sizes = [spec.size(name) for name in order]

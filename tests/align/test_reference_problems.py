@@ -167,9 +167,7 @@ def test_vision_transformer_with_heads_matched_apart_as_in_the_official_code() -
         weights = jm.align.weight_similarity(whole, a, b)
         data = jm.align.activation_similarity(whole, vision_transformer, a, b, batches)
         for group, (node, n) in enumerate(zip(nodes, sizes, strict=True)):
-            np.testing.assert_allclose(
-                weights[node], file[f"wsim_init/{group}"][:n, n:], atol=1e-9
-            )
+            np.testing.assert_allclose(weights[node], file[f"wsim_init/{group}"][:n, n:], atol=1e-9)
             official = file[f"asim/{group}"][:n, n:]
             if node.endswith("qkv:1"):
                 # The official code looks at keys alone: queries do not enter.

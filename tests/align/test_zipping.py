@@ -243,3 +243,26 @@ def test_a_partial_zip_shares_the_first_layers_and_keeps_every_models_own_tail()
     assert half[1] == {"fc1.weight": None, "fc2.weight": None, "fc3.weight": 0, "fc4.weight": 0}
     with pytest.raises(ValueError, match="'fc2' is computed from 'fc1'"):
         jm.align.partial_zip(spec, models, space, ["fc2"], x=X, apply_fn=mlp)
+
+
+def test_a_share_of_layers_counts_groups_of_units_too() -> None:
+    def grouped(p: Any, x: jax.Array) -> jax.Array:
+        for name in ("fc1", "fc2"):
+            x = (x @ p[name]).reshape(len(x), 2, -1)
+            x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
+            x = jax.nn.relu(x.reshape(len(x), -1))
+        return x @ p["head"]
+
+    shapes = {"fc1": (5, 6), "fc2": (6, 6), "head": (6, 2)}
+    models = [
+        {
+            name: jax.random.normal(jax.random.key(10 * i + len(name)), shape)
+            for name, shape in shapes.items()
+        }
+        for i in (1, 2)
+    ]
+    spec = jm.align.symmetry(grouped, models[0], X)
+    assert any(node.parents for node in spec.free())
+    space = jm.align.activation_space()
+    _, axes, _ = jm.align.partial_zip(spec, models, space, 0.5, x=X, apply_fn=grouped)
+    assert axes == {"fc1": None, "fc2": 0, "head": 0}
