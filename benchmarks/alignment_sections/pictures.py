@@ -13,7 +13,7 @@ from alignment_sections.pairs import Pair
 
 matplotlib.use("Agg")
 # The same figures give the same bytes.
-matplotlib.rcParams.update({"svg.hashsalt": "jaxmerge", "font.size": 8})
+matplotlib.rcParams.update({"svg.hashsalt": "jaxmerge", "svg.fonttype": "none", "font.size": 8})
 
 from matplotlib import pyplot  # noqa: E402
 
@@ -32,7 +32,7 @@ def over_alpha(folder: Path, dataset: str, title: str, labels: Labels, pairs: Pa
         axes.set_title(f"{title}, {labels[name]}")
         axes.set_xlabel("alpha (0: activations, 1: weights)")
     all_axes[0][0].set_ylabel("joint validation accuracy, %")
-    return _save(figure, folder / f"alpha-{dataset}.svg")
+    return _save(figure, folder, "alpha", dataset, pairs)
 
 
 def barriers(folder: Path, dataset: str, title: str, labels: Labels, pairs: Pairs) -> str:
@@ -47,7 +47,7 @@ def barriers(folder: Path, dataset: str, title: str, labels: Labels, pairs: Pair
         axes.set_xlabel("from one network to the other")
     all_axes[0][0].set_ylabel("mean loss of both tasks, nats")
     all_axes[0][0].legend()
-    return _save(figure, folder / f"barrier-{dataset}.svg")
+    return _save(figure, folder, "barrier", dataset, pairs)
 
 
 def planes(folder: Path, dataset: str, title: str, labels: Labels, pairs: Pairs) -> str:
@@ -65,14 +65,15 @@ def planes(folder: Path, dataset: str, title: str, labels: Labels, pairs: Pairs)
             axes.plot([-1, 0, 1], [0, 0, 0], "k.", markersize=3)
             axes.set_title(f"{labels[name]}, {'not aligned' if row == 0 else method}")
     figure.suptitle(f"{title}: mean loss (lighter is higher); within the lines one task's is low")
-    return _save(figure, folder / f"plane-{dataset}.svg")
+    return _save(figure, folder, "plane", dataset, pairs)
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, Any]:
     return pyplot.subplots(rows, columns, figsize=(2.6 * columns, 2.4 * rows), squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> str:
+def _save(figure: Any, folder: Path, kind: str, dataset: str, pairs: Pairs) -> str:
+    path = folder / f"{'-'.join((kind, dataset, *pairs))}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
