@@ -215,8 +215,8 @@ def _landscape(label: str, pairs: Pairs) -> Table:
             f"loss at {landscape.POINTS} points of the line between both networks rises above that between its ends,",
             "nats: 0 where each end is so bad at the other's task that no point between rises above; middle: that loss",
             f"half way. overlap: of a grid of {landscape.GRID} x {landscape.GRID} in the plane through the merged",
-            "model (one axis to the networks, one in a random direction, leaf by leaf as long) the percent of the points",
-            f"where both tasks' loss is low (at most {landscape.LOW:.2f}, half of that of guessing) among those where",
+            "model (one axis to the networks, one in a random direction, leaf by leaf as long) the percent of the",
+            f"points where both tasks' loss is low (at most {landscape.LOW:.2f}, half of guessing's) among those where",
             "either's is.",
         ],
     )
