@@ -16,6 +16,9 @@ from jaxmerge.models.cct import CCT, CCTConfig
 from jaxmerge.models.driving_transformer import DrivingTransformer, DrivingTransformerConfig
 
 BATCH = 64
+VALIDATION = 128
+"""Examples of each task that searches look at."""
+
 RATE = 2e-3
 
 
@@ -73,7 +76,14 @@ def images(seed: int) -> Problem:
         )
         order = np.random.default_rng(0).permutation(len(train.targets))
         train = Split(train.inputs[order], train.targets[order])
-        tasks.append(Task(dataset, train.part(0, 6000), train.part(6000, 6256), test.part(0, 2000)))
+        tasks.append(
+            Task(
+                dataset,
+                train.part(0, 6000),
+                train.part(6000, 6000 + VALIDATION),
+                test.part(0, 2000),
+            )
+        )
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -96,7 +106,7 @@ def driving(seed: int) -> Problem:
             frames = np.concatenate([seen(one.frames, look) for one in chosen]) - 0.5
             splits.append(Split(frames, np.concatenate([one.steering for one in chosen])))
         train, validation, test = splits
-        every = np.random.default_rng(0).permutation(len(validation.targets))[:256]
+        every = np.random.default_rng(0).permutation(len(validation.targets))[:VALIDATION]
         validation = Split(validation.inputs[every], validation.targets[every])
         tasks.append(Task(look, train, validation, test))
 
