@@ -52,8 +52,9 @@ def run(options: Options) -> Iterator[Table]:
             _differences(label, pairs),
             _disagreement(label, pairs),
             _landscape(label, pairs),
-            _shortcuts(label, pairs),
         ]
+        if any({SPLIT, FLAT} & found[0].accuracies.keys() for found in pairs.values()):
+            tables.append(_shortcuts(label, pairs))
         if options.plots is not None:
             labels = {name: NETWORKS[name].label for name in pairs}
             tables[0].pictures = [pictures.over_alpha(options.plots, dataset, label, labels, pairs)]
