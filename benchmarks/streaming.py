@@ -116,6 +116,9 @@ def main() -> None:
     print(f"\n{len(missed)} rows miss their limit" + "".join(f"\n  {line}" for line in missed))
     if arguments.plot:
         plot(report, arguments.plot)
+        picture = os.path.relpath(arguments.plot, Path(__file__).parent)
+        report.tables[0].pictures.append(picture)
+        report.write(arguments.json)
 
 
 def methods(options: Options) -> Iterator[Table]:
