@@ -150,7 +150,7 @@ def automerge(
       >>> def evaluate(params, key, data):
       ...     flat = jnp.concatenate([params["eye"]["w"], params["head"]["w"]])
       ...     wanted = jnp.array([[1.0, 0, 1, 0], [0, 1.0, 0, 1]])
-      ...     return jnp.exp(-jnp.sum((wanted * (flat - wanted)) ** 2, axis=1))
+      ...     return jnp.exp(-jnp.sum((wanted * (flat[None] - wanted)) ** 2, axis=1))
       >>> found = jm.search.automerge(
       ...     [a, b], base, evaluate, key=jax.random.key(0), blocks={"eye/*": "eye", "head/*": "head"},
       ...     methods=["linear", "task_arithmetic"], strategy="random", population=64, generations=4)
