@@ -76,17 +76,17 @@ class Arm(NamedTuple):
 
 
 PS, HYBRID, WARM = "PS", "PS, then DFS, CatCMA, told", "DFS from an expert, CatCMA, told"
-START = "better expert"
+PAIRS, START = "DFS, CatCMA, told, pairs", "better expert"
+EXPERTS = ("expert in prose", "expert in Python")
 ARMS = {
     "DFS, CMA-ES": Arm(PlainCMAES, "slots", False),
     "DFS, CMA-ES, told": Arm(PlainCMAES, "slots", True),
     "DFS, CatCMA": Arm(CatCMA, "slots", False),
     "DFS, CatCMA, told": Arm(CatCMA, "slots", True),
     WARM: Arm(CatCMA, "slots", True, warm=True),
-    "DFS, CatCMA, told, pairs": Arm(CatCMA, "pairs", True),
-    "DFS, CatCMA, no scales": Arm(CatCMA, "none", True),
+    PAIRS: Arm(CatCMA, "pairs", True),
 }
-MAIN, EXTRA = list(ARMS)[:5], list(ARMS)[5:]
+MAIN = [name for name in ARMS if name != PAIRS]
 
 
 def likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -132,15 +132,26 @@ def run(options: Options) -> Iterator[Table]:
     generations = -(-options.evaluations // POPULATION)
     folder = options.scratch / f"dataflow-{options.evaluations}"
     folder.mkdir(parents=True, exist_ok=True)
-    # Forms of scales come last: a run that is cut short has the comparisons.
-    for names in (["sources", *MAIN, PS, HYBRID], EXTRA):
-        for seed in seeds:
-            for name in names:
-                if not _file(folder, seed, name).exists():
-                    _write(folder, seed, name, _search(seed, name, generations))
-    found = {seed: _read(folder, seed) for seed in seeds}
+    found = _searched(folder, seeds, ["sources", *MAIN, PS, HYBRID], generations)
     yield _quality(found, generations)
     yield _differences(found)
+    yield _forms(found, _searched(folder, seeds, [PAIRS], generations))
+
+
+def _searched(
+    folder: Path, seeds: range, names: list[str], generations: int
+) -> dict[int, dict[str, Any]]:
+    """What searches found, by seed and name; those that stand in the folder are not run again."""
+    found: dict[int, dict[str, Any]] = {}
+    for seed in seeds:
+        for name in names:
+            if not _file(folder, seed, name).exists():
+                _write(folder, seed, name, _search(seed, name, generations))
+        found[seed] = {name: json.loads(_file(folder, seed, name).read_text()) for name in names}
+        if "sources" in names:
+            experts = [found[seed]["sources"][name] for name in EXPERTS]
+            found[seed][START] = max(experts, key=lambda one: one["search"])
+    return found
 
 
 @functools.cache
@@ -153,8 +164,7 @@ def _trained(seed: int) -> Trained:
 def _sources(seed: int) -> dict[str, dict[str, Any]]:
     trained = _trained(seed)
     sources = {
-        "expert in prose": trained.experts[0],
-        "expert in Python": trained.experts[1],
+        **dict(zip(EXPERTS, trained.experts, strict=True)),
         "both trained together": trained.base,
         "average of the experts": jax.tree.map(lambda a, b: (a + b) / 2, *trained.experts),
     }
@@ -172,7 +182,7 @@ def _search(seed: int, name: str, generations: int) -> dict[str, Any]:
         first, _ = _merge(trained, generations // 2, key)
         models, rest = (*trained.experts, first), generations - generations // 2
         return _flow(trained, models, 2, ARMS[WARM], rest, key)
-    start = int(sources["expert in Python"]["search"] > sources["expert in prose"]["search"])
+    start = int(np.argmax([sources[name]["search"] for name in EXPERTS]))
     return _flow(trained, trained.experts, start, ARMS[name], generations, key)
 
 
@@ -284,7 +294,7 @@ def _quality(found: dict[int, Any], generations: int) -> Table:
     )
     table.start()
     first = next(iter(found.values()))
-    for name in [*first["sources"], START, *ARMS, PS, HYBRID]:
+    for name in [*first["sources"], START, *MAIN, PS, HYBRID]:
         rows = [one["sources"].get(name) or one[name] for one in found.values()]
         accuracy = np.array([one["accuracy"] for one in rows])
         cells: dict[str, Any] = {
@@ -326,8 +336,6 @@ def _differences(found: dict[int, Any]) -> Table:
         ("DFS, CatCMA", "DFS, CMA-ES"),
         ("DFS, CatCMA, told", "DFS, CMA-ES, told"),
         ("DFS, CatCMA, told", "DFS, CMA-ES"),
-        ("DFS, CatCMA, told, pairs", "DFS, CatCMA, told"),
-        ("DFS, CatCMA, no scales", "DFS, CatCMA, told"),
         (WARM, "DFS, CatCMA, told"),
         (WARM, START),
         (PS, WARM),
@@ -352,6 +360,39 @@ def _differences(found: dict[int, Any]) -> Table:
     return table
 
 
+def _forms(found: dict[int, Any], pairs: dict[int, Any]) -> Table:
+    table = Table(
+        "data flow: a scale for each slot, or for each pair of layers that follow each other",
+        {
+            "scales": "",
+            "variables": "d",
+            "scales that count": ".0%",
+            "accuracy %": "",
+            "nats": ".3f",
+            "nats in search": ".3f",
+            "nats less than slots": "",
+        },
+        ["DFS by CatCMA, told which scales count; on texts held out, as above."],
+    )
+    table.start()
+    slots = [one["DFS, CatCMA, told"] for one in found.values()]
+    for name, rows in (("slots", slots), ("pairs", [one[PAIRS] for one in pairs.values()])):
+        nats = np.array([np.mean(one["nats"]) for one in rows])
+        less = np.array([np.mean(one["nats"]) for one in slots]) - nats
+        table.add(
+            scales=name,
+            variables=rows[0]["slots"] + rows[0]["scales"],
+            **{
+                "scales that count": np.mean([one["active"] / one["scales"] for one in rows]),
+                "accuracy %": _interval(np.array([np.mean(one["accuracy"]) for one in rows])),
+                "nats": float(nats.mean()),
+                "nats in search": -float(np.mean([one["search"] for one in rows])),
+                "nats less than slots": _interval(less, 3) if name == "pairs" else None,
+            },
+        )
+    return table
+
+
 def _interval(values: np.ndarray, digits: int = 1) -> str:
     """The mean and half the width of Student's 95% interval."""
     if len(values) < 2:
@@ -370,10 +411,3 @@ def _write(folder: Path, seed: int, name: str, found: Any) -> None:
     beside.write_text(json.dumps(found))
     beside.rename(file)
     print(f"  seed {seed}, {name}", flush=True)
-
-
-def _read(folder: Path, seed: int) -> dict[str, Any]:
-    names = [*ARMS, PS, HYBRID, "sources"]
-    found = {name: json.loads(_file(folder, seed, name).read_text()) for name in names}
-    experts = [one for name, one in found["sources"].items() if name.startswith("expert")]
-    return {**found, START: max(experts, key=lambda one: one["search"])}
